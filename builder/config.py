@@ -1,0 +1,235 @@
+"""Typed configuration: YAML file, then `--set a.b=c`; unknown keys are refused. And the job's fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder.errors import BuilderError, did_you_mean
+from builder.phases import HEALING_PHASES, ClassTable
+
+NEGATIVE_PROMPT = (
+    "blurry, out of focus, low quality, jpeg artifacts, cartoon, illustration, painting, anime, text, watermark, logo"
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. `base` is a local diffusers folder to start from; without one, it is built from `architecture`."""
+
+    family: str = "sdxl"
+    base: str = ""
+    architecture: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VaeTrainConfig:
+    """Training of the autoencoder, only when the model is built from scratch (steps 0: not trained)."""
+
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    kl_weight: float = 1e-4
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training of the denoiser on the training split of a packed dataset."""
+
+    size: int = 512
+    steps: int = 10_000
+    batch_size: int = 8
+    learning_rate: float = 3e-5
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    grad_norm: float = 0.5
+    prompt_dropout: float = 0.2
+    ema_decay: float = 0.999
+    class_balanced: bool = True
+    flips: bool = True
+    min_snr_gamma: float = 0.0
+    checkpoint_every: int = 1000
+    threads: int = 1
+    vae: VaeTrainConfig = field(default_factory=VaeTrainConfig)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How an image is drawn. Every key is part of the fingerprint."""
+
+    size: int = 512
+    steps: int = 25
+    guidance: float = 3.0
+    scheduler: str = "dpmpp_2m_karras"
+    negative_prompt: str = NEGATIVE_PROMPT
+    batch_size: int = 8
+    dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The evaluation protocol of the scores; versioned apart from the images."""
+
+    ssim_size: int = 512
+    ssim_stride: int = 8
+    panel: int = 16
+    panel_seed: int = 0
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """Shards on disk. 100-250 images make one: small enough to lose, large enough to read in one go."""
+
+    images_per_shard: int = 200
+    codec: str = "png"
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Crops cut from photographs: margin around the box (share of its longer side), size cap, split shares."""
+
+    margin: float = 0.15
+    max_size: int = 512
+    train: float = 0.70
+    val: float = 0.15
+    test: float = 0.15
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment, from crops to shards."""
+
+    name: str = "default"
+    classes: ClassTable = HEALING_PHASES
+    checkpoint: str = "demo"
+    real: str = "phantom"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as dataset.json and checkpoint.json keep it."""
+        return {**{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+
+def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a config: a path, the name of a file in `configs/`, or None for the defaults; then `a.b=c` overrides.
+
+    Raises BuilderError for a missing file, an unknown key (the nearest one is suggested) or a value of a wrong type.
+    """
+    import yaml
+
+    data: Any = {}
+    where = "the defaults"
+    if source is not None:
+        path = find_config(source)
+        where = str(path)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise BuilderError(f"{path} is not valid YAML: {error}", "mend the file") from None
+        if not isinstance(data, dict):
+            raise BuilderError(f"{path} holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
+        data.setdefault("name", path.stem)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise BuilderError(f"--set {override} has no '='", "write --set sample.steps=12")
+        _put(data, key.strip().split("."), yaml.safe_load(value), override)
+    return _build(Config, data, where, "")
+
+
+def find_config(source: str) -> Path:
+    """The file that `source` names: itself, or configs/SOURCE.yaml here or in the checkout."""
+    folders = [Path("configs"), Path(__file__).resolve().parent.parent / "configs"]
+    candidates = [Path(source), *(folder / f"{source}.yaml" for folder in folders)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise BuilderError(f"there is no config '{source}'", f"give a path, or one of: {', '.join(known)}")
+
+
+def fingerprint(keys: dict[str, Any]) -> str:
+    """SHA-256 over the canonical JSON of what decides the images; equal fingerprints promise equal images."""
+    return hashlib.sha256(json.dumps(keys, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            raise BuilderError(f"--set {override}: '{key}' has no keys below it", "see the config reference in the README")
+    data[last] = value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ClassTable):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
+
+
+def _build(kind: Any, data: Any, where: str, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise BuilderError(f"{where}: '{prefix.rstrip('.')}' must hold keys and values, not {data!r}", "")
+    types_of = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    values = {}
+    for key, value in data.items():
+        if key not in known:
+            raise BuilderError(f"{where}: unknown key '{prefix}{key}'", did_you_mean(str(key), known))
+        values[key] = _value(types_of[key], value, where, prefix + key)
+    return kind(**values)
+
+
+def _value(kind: Any, value: Any, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where, key + ".")
+    if kind is ClassTable:
+        return _classes(value, where)
+    expected = typing.get_origin(kind) or kind
+    if expected is types.UnionType:
+        expected = typing.get_args(kind)
+    if expected is float and isinstance(value, str):
+        value = _number(value)  # YAML reads 1e-3 as text
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, expected) or (expected in (int, float) and isinstance(value, bool)):
+        name = getattr(kind, "__name__", str(kind))
+        raise BuilderError(f"{where}: '{key}' is {value!r}", f"it must be of type {name}")
+    return value
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _classes(items: Any, where: str) -> ClassTable:
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise BuilderError(f"{where}: 'classes' must be a list of code, name, prompt", "see configs/wound-type.yaml")
+    for item in items:
+        for key in item:
+            if key not in ("code", "name", "prompt"):
+                raise BuilderError(f"{where}: unknown key 'classes.{key}'", did_you_mean(str(key), ("code", "name", "prompt")))
+        for key in ("code", "name", "prompt"):
+            if not isinstance(item.get(key), str):
+                raise BuilderError(f"{where}: a class has no '{key}' (text) in {item!r}", "give code, name and prompt")
+    return ClassTable.from_json(items)

@@ -1,0 +1,154 @@
+"""A dataset on disk: find it, read its manifests and images. Used only when complete, unless asked otherwise."""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from builder.errors import BuilderError, did_you_mean
+from builder.phases import ClassTable
+from builder.shards.storage import Storage
+from builder.shards.writer import manifest_path
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The dataset `name` under the output root of `storage`; it may not exist yet."""
+
+    name: str
+    storage: Storage
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise BuilderError(f"dataset name '{self.name}' is not of [A-Za-z0-9_-]", "choose another name (--name)")
+
+    # -- dataset.json ---------------------------------------------------------------------------------------------
+
+    @property
+    def info_path(self) -> str:
+        return f"manifests/{self.name}/dataset.json"
+
+    def exists(self) -> bool:
+        return self.storage.exists(self.info_path)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """dataset.json, read anew at each call: another process may have extended the dataset."""
+        try:
+            return dict(json.loads(self.storage.read(self.info_path)))
+        except FileNotFoundError:
+            raise BuilderError(f"there is no dataset '{self.name}' in {self.storage.root}", "see `builder list`") from None
+        except json.JSONDecodeError as error:
+            raise BuilderError(f"{self.info_path} is not valid JSON: {error}", "make the dataset again, or restore it") from None
+
+    def write_info(self, info: dict[str, Any]) -> None:
+        self.storage.write(self.info_path, json.dumps(info, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+
+    @cached_property
+    def classes(self) -> ClassTable:
+        return ClassTable.from_json(self.info["classes"])
+
+    # -- manifests ------------------------------------------------------------------------------------------------
+
+    def shard_numbers(self) -> list[int]:
+        """The committed shards, in order."""
+        names = self.storage.list(f"manifests/{self.name}", ".parquet")
+        return [int(name[6:-8]) for name in names if re.fullmatch(r"shard-\d{6,}\.parquet", name)]
+
+    def shard_table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The manifest of one shard: one row per image; see shards.schema."""
+        path = manifest_path(self.name, number)
+        try:
+            return pq.read_table(io.BytesIO(self.storage.read(path)), columns=list(columns) if columns else None)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise BuilderError(f"{path} cannot be read: {error}", "`builder verify` says what is damaged") from None
+
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of all committed shards, in order."""
+        tables = [self.shard_table(number, columns).replace_schema_metadata() for number in self.shard_numbers()]
+        if not tables:
+            raise BuilderError(f"dataset '{self.name}' has no shards yet", "run the command that makes it to its end")
+        return pa.concat_tables(tables, promote_options="default")
+
+    # -- images ---------------------------------------------------------------------------------------------------
+
+    def payload(self, row: dict[str, Any]) -> bytes:
+        """The encoded image of a manifest row."""
+        return self.storage.read(row["shard"], row["offset"], row["size"])
+
+    def pixels(self, row: dict[str, Any]) -> np.ndarray:
+        """The image of a manifest row: uint8 RGB [H, W, 3]. BuilderError names shard and key when it can't be read."""
+        try:
+            with Image.open(io.BytesIO(self.payload(row))) as image:
+                return np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            where = f"{row['key']} in {row['shard']}"
+            raise BuilderError(f"the image {where} cannot be read: {error}", f"run `builder verify {self.name}`") from None
+
+    def images(self, rows: Sequence[dict[str, Any]] | None = None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Rows (default: all) with their pixels, uint8 RGB [H, W, 3]."""
+        for row in self.table().to_pylist() if rows is None else rows:
+            yield row, self.pixels(row)
+
+
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The one resize of the project: uint8 RGB [H, W, 3] -> [size, size, 3], antialiased bicubic (PIL)."""
+    if pixels.shape[:2] == (size, size):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def all_datasets(storage: Storage) -> list[Dataset]:
+    names = [name for name in storage.list("manifests") if NAME.fullmatch(name)]
+    return [dataset for dataset in (Dataset(name, storage) for name in names) if dataset.exists()]
+
+
+def find_dataset(reference: str | None, out: str = ".", *, partial: bool = False) -> Dataset:
+    """The dataset that a command means: a NAME under `out`, a path to its folder, or nothing.
+
+    Nothing means the newest complete synthetic dataset that was not filtered from another. A dataset that is not
+    complete is refused unless `partial`.
+    """
+    dataset = _newest(Storage(out)) if not reference else _named(reference, out)
+    if dataset.info.get("state") != "complete" and not partial:
+        raise BuilderError(f"dataset '{dataset.name}' is not complete", "run its command again to finish it, or add --partial")
+    return dataset
+
+
+def _newest(storage: Storage) -> Dataset:
+    described = [(dataset, dataset.info) for dataset in all_datasets(storage)]
+    candidates = [
+        (info.get("created", ""), dataset)
+        for dataset, info in described
+        if info.get("state") == "complete" and info.get("origin") == "synthetic" and not info.get("parent")
+    ]
+    if not candidates:
+        raise BuilderError(f"there is no complete synthetic dataset in {storage.root}", "make one with `builder shards`, or name one")
+    return max(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _named(reference: str, out: str) -> Dataset:
+    root, name = out, reference.rstrip("/")
+    if "/" in name:
+        folder, name = posixpath.split(name)
+        root = posixpath.dirname(folder) or "." if PurePosixPath(folder).name in ("manifests", "shards") else folder
+    dataset = Dataset(name, Storage(root))
+    if not dataset.exists():
+        known = [other.name for other in all_datasets(Storage(root))]
+        remedy = did_you_mean(name, known) if known else "there are no datasets there yet"
+        raise BuilderError(f"there is no dataset '{name}' in {root}", remedy)
+    return dataset

@@ -1,0 +1,75 @@
+"""Columns of a manifest: one row per image. The comment of each column travels in the Parquet schema's metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+
+def _field(name: str, kind: pa.DataType, comment: str, *, unit: str = "", range: str = "", required: bool = False) -> pa.Field:
+    described = {"comment": comment, "unit": unit, "range": range}
+    return pa.field(name, kind, nullable=not required, metadata={k: v for k, v in described.items() if v})
+
+
+IDENTITY = [
+    _field("key", pa.string(), "unique across datasets: {dataset}-{phase}-{index:08d}", required=True),
+    _field("phase", pa.string(), "code of the class", required=True),
+    _field("label", pa.int32(), "index in the full class table of dataset.json", range="0..classes-1", required=True),
+    _field("origin", pa.string(), "real or synthetic", required=True),
+    _field("shard", pa.string(), "tar that holds the image, relative to the output root", required=True),
+    _field("offset", pa.int64(), "start of the image's payload in the tar", unit="byte", required=True),
+    _field("size", pa.int64(), "length of the image's payload", unit="byte", required=True),
+    _field("sha256", pa.string(), "of the decoded pixels, uint8 RGB in row order", required=True),
+    _field("width", pa.int32(), "of the stored image", unit="px", required=True),
+    _field("height", pa.int32(), "of the stored image", unit="px", required=True),
+]
+SYNTHETIC = [
+    _field("seed", pa.uint32(), "of torch's CPU generator for the initial noise", range="0..2^32-1"),
+    _field("index", pa.int64(), "of the image within its phase", range="0..2^24-1"),
+    _field("position", pa.int64(), "of the image in the endless plan"),
+    _field("reserve", pa.int32(), "0: the planned seed; n: the n-th reserve seed, because earlier ones gave a bad image"),
+    _field("checkpoint", pa.string(), "name of the checkpoint"),
+    _field("checkpoint_sha256", pa.string(), "of the checkpoint's weight files"),
+    _field("prompt", pa.string(), "positive prompt"),
+    _field("negative_prompt", pa.string(), "negative prompt"),
+    _field("guidance", pa.float32(), "classifier-free guidance scale (Ho & Salimans 2022)"),
+    _field("steps", pa.int32(), "denoising steps"),
+    _field("scheduler", pa.string(), "sampler, e.g. dpmpp_2m_karras"),
+    _field("batch_size", pa.int32(), "images denoised together, fixed by the plan", unit="image"),
+    _field("dtype", pa.string(), "of the denoiser's arithmetic"),
+    _field("device", pa.string(), "device model the image was made on"),
+    _field("seconds", pa.float32(), "share of its batch's wall time", unit="s"),
+]
+REAL = [
+    _field("patient", pa.string(), "keyed hash (HMAC-SHA256, 32 hex digits) of the patient"),
+    _field("split", pa.string(), "train, val or test; by patient"),
+    _field("source", pa.string(), "file name of the photograph, without folders"),
+    _field("box", pa.list_(pa.float32(), 4), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"),
+    _field("original_size", pa.list_(pa.int32(), 2), "width, height of the crop before any resize (synthetic: as conditioned on)", unit="px"),
+]
+SCORES = [
+    _field("ssim", pa.float32(), "best structural similarity (Wang 2004) over the phase's panel of real crops", range="-1..1"),
+    _field("ssim_mean", pa.float32(), "mean structural similarity over the phase's panel", range="-1..1"),
+    _field("sharpness", pa.float32(), "see quality.statistics", range="0..1"),
+    _field("clipped", pa.float32(), "share of pixels with a channel at 0 or 255", range="0..1"),
+    _field("mean_r", pa.float32(), "mean of the red channel", range="0..255"),
+    _field("mean_g", pa.float32(), "mean of the green channel", range="0..255"),
+    _field("mean_b", pa.float32(), "mean of the blue channel", range="0..255"),
+]
+
+SCORE_NAMES = tuple(field.name for field in SCORES)
+SCHEMA = pa.schema(IDENTITY + SYNTHETIC + REAL + SCORES)
+
+# What may differ between two runs that make the same images: never in the tar's JSON member.
+VOLATILE = frozenset({"seconds", "device", "shard", "offset", "size", *SCORE_NAMES})
+
+
+def member_json(row: dict[str, Any]) -> dict[str, Any]:
+    """What the KEY.json member says: the row without timing, device, place, scores and nulls."""
+    return {name: value for name, value in row.items() if name not in VOLATILE and value is not None}
+
+
+def to_table(rows: list[dict[str, Any]], tar_sha256: str) -> pa.Table:
+    """The manifest of one shard; the tar's hash rides in the schema metadata and binds the two files."""
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"tar_sha256": tar_sha256}))

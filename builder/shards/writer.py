@@ -1,0 +1,95 @@
+"""Write one shard: a reproducible tar, then its Parquet manifest, whose arrival is the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from builder.shards.schema import member_json, to_table
+from builder.shards.storage import Storage
+
+PNG_LEVEL = 6  # of zlib; part of the bytes, so fixed
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on its way to disk: its payload (an encoded PNG) and its row without place (shard, offset, size)."""
+
+    row: dict[str, Any]
+    payload: bytes
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encode uint8 RGB pixels [H, W, 3], without metadata: real and synthetic alike."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGB" if pixels.ndim == 3 else None).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
+
+
+def pixel_sha256(pixels: np.ndarray) -> str:
+    """SHA-256 of uint8 RGB pixels in row order."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def image_row(key: str, phase: str, label: int, origin: str, pixels: np.ndarray) -> dict[str, Any]:
+    """The columns that every image has, from its pixels [H, W, 3]."""
+    height, width = pixels.shape[:2]
+    return {
+        "key": key, "phase": phase, "label": label, "origin": origin,
+        "sha256": pixel_sha256(pixels), "width": width, "height": height,
+    }  # fmt: skip
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}"
+
+
+def tar_path(dataset: str, number: int) -> str:
+    return f"shards/{dataset}/{shard_name(number)}.tar"
+
+
+def manifest_path(dataset: str, number: int) -> str:
+    return f"manifests/{dataset}/{shard_name(number)}.parquet"
+
+
+def write_shard(storage: Storage, dataset: str, number: int, samples: Sequence[Sample]) -> None:
+    """Commit shard `number` of `dataset`. Interrupted anywhere, either nothing is visible or all of it is."""
+    tar, rows = _tar(samples, tar_path(dataset, number))
+    storage.write(tar_path(dataset, number), tar)
+    write_manifest(storage, manifest_path(dataset, number), to_table(rows, hashlib.sha256(tar).hexdigest()))
+
+
+def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    storage.write(path, buffer.getvalue())
+
+
+def _tar(samples: Sequence[Sample], path: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """The tar's bytes (equal samples give equal bytes: mtime 0, no owner) and the rows completed with their place."""
+    buffer = io.BytesIO()
+    rows = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            row = sample.row
+            described = json.dumps(member_json(row), sort_keys=True).encode()
+            members = {"png": sample.payload, "cls": str(row["label"]).encode(), "json": described}
+            for extension, payload in members.items():
+                info = tarfile.TarInfo(f"{row['key']}.{extension}")
+                info.size, info.mode, info.mtime = len(payload), 0o644, 0
+                tar.addfile(info, io.BytesIO(payload))
+                if extension == "png":
+                    padded = -(-len(payload) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    offset = tar.offset - padded
+            rows.append({**row, "shard": path, "offset": offset, "size": len(sample.payload)})
+    return buffer.getvalue(), rows
