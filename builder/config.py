@@ -37,6 +37,10 @@ class VaeTrainConfig:
     batch_size: int = 32
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4
+    gradient_weight: float = 1.0
+    warmup_steps: int = 100
+    ema_decay: float = 0.995
+    autocast: bool = False  # bfloat16 arithmetic on the CPU too; a GPU always uses it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class TrainConfig:
     flips: bool = True
     min_snr_gamma: float = 0.0
     checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
     threads: int = 1
     vae: VaeTrainConfig = field(default_factory=VaeTrainConfig)
 
@@ -78,7 +83,7 @@ class ScoreConfig:
     """The evaluation protocol of the scores; versioned apart from the images."""
 
     ssim_size: int = 512
-    ssim_stride: int = 8
+    ssim_stride: int = 7  # odd: an even one meets the same phase of an image enlarged 8 times again and again
     panel: int = 16
     panel_seed: int = 0
 
@@ -121,7 +126,7 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as dataset.json and checkpoint.json keep it."""
-        return {**{f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -149,6 +154,12 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
             raise BuilderError(f"--set {override} has no '='", "write --set sample.steps=12")
         _put(data, key.strip().split("."), yaml.safe_load(value), override)
     return _build(Config, data, where, "")
+
+
+def config_from_json(data: dict[str, Any]) -> Config:
+    """The config that dataset.json or checkpoint.json keeps."""
+    config: Config = _build(Config, data, "the recorded config", "")
+    return config
 
 
 def find_config(source: str) -> Path:

@@ -77,6 +77,18 @@ class Dataset:
         except (pa.ArrowInvalid, OSError) as error:
             raise BuilderError(f"{path} cannot be read: {error}", "`builder verify` says what is damaged") from None
 
+    def shard_metadata(self, number: int) -> dict[str, str]:
+        """What rides in a manifest's schema metadata: tar_sha256, for synthetic shards also start and stop."""
+        found = self.shard_schema(number).metadata or {}
+        return {key.decode(): value.decode() for key, value in found.items()}
+
+    def shard_schema(self, number: int) -> pa.Schema:
+        path = manifest_path(self.name, number)
+        try:
+            return pq.read_schema(io.BytesIO(self.storage.read(path)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise BuilderError(f"{path} cannot be read: {error}", "`builder verify` says what is damaged") from None
+
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of all committed shards, in order."""
         tables = [self.shard_table(number, columns).replace_schema_metadata() for number in self.shard_numbers()]

@@ -51,7 +51,8 @@ REAL = [
 SCORES = [
     _field("ssim", pa.float32(), "best structural similarity (Wang 2004) over the phase's panel of real crops", range="-1..1"),
     _field("ssim_mean", pa.float32(), "mean structural similarity over the phase's panel", range="-1..1"),
-    _field("sharpness", pa.float32(), "see quality.statistics", range="0..1"),
+    _field("sharpness", pa.float32(), "share of the detail's amplitude that is fine, at 64 px; see quality.statistics", range="0..1"),
+    _field("contrast", pa.float32(), "standard deviation of the luma, at 64 px", range="0..127.5"),
     _field("clipped", pa.float32(), "share of pixels with a channel at 0 or 255", range="0..1"),
     _field("mean_r", pa.float32(), "mean of the red channel", range="0..255"),
     _field("mean_g", pa.float32(), "mean of the green channel", range="0..255"),
@@ -70,6 +71,6 @@ def member_json(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in VOLATILE and value is not None}
 
 
-def to_table(rows: list[dict[str, Any]], tar_sha256: str) -> pa.Table:
-    """The manifest of one shard; the tar's hash rides in the schema metadata and binds the two files."""
-    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({"tar_sha256": tar_sha256}))
+def to_table(rows: list[dict[str, Any]], metadata: dict[str, str]) -> pa.Table:
+    """The manifest of one shard; `metadata` rides in the schema (tar_sha256 binds the two files)."""
+    return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from builder.errors import BuilderError
 from builder.shards.schema import member_json, to_table
 from builder.shards.storage import Storage
 
@@ -62,11 +63,23 @@ def manifest_path(dataset: str, number: int) -> str:
     return f"manifests/{dataset}/{shard_name(number)}.parquet"
 
 
-def write_shard(storage: Storage, dataset: str, number: int, samples: Sequence[Sample]) -> None:
-    """Commit shard `number` of `dataset`. Interrupted anywhere, either nothing is visible or all of it is."""
+def write_shard(
+    storage: Storage, dataset: str, number: int, samples: Sequence[Sample], metadata: dict[str, str] | None = None
+) -> None:
+    """Commit shard `number` of `dataset`. Interrupted anywhere, either nothing is visible or all of it is.
+
+    `metadata` goes into the manifest's schema metadata, beside the tar's SHA-256.
+    """
     tar, rows = _tar(samples, tar_path(dataset, number))
-    storage.write(tar_path(dataset, number), tar)
-    write_manifest(storage, manifest_path(dataset, number), to_table(rows, hashlib.sha256(tar).hexdigest()))
+    table = to_table(rows, {"tar_sha256": hashlib.sha256(tar).hexdigest(), **(metadata or {})})
+    try:
+        storage.write(tar_path(dataset, number), tar)
+        write_manifest(storage, manifest_path(dataset, number), table)
+    except OSError as error:
+        raise BuilderError(
+            f"shard {number} of '{dataset}' cannot be written under {storage.root}: {error.strerror or error}",
+            "make room or choose another --out; what was written before is safe, and the same command continues",
+        ) from error
 
 
 def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:

@@ -1,0 +1,68 @@
+"""The command line: one function a command. Mistakes of the user end in one message and exit code 2.
+
+Command modules import the rooms inside their functions: `builder --help` must answer at once, and `verify` and
+`filter` work without torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import builder
+from builder.cli.demo import demo
+from builder.cli.filter import filter_
+from builder.cli.inspect import list_, rm, sheet, verify
+from builder.cli.pack import pack
+from builder.cli.score import score
+from builder.cli.shards import regenerate, shards
+from builder.cli.train import train
+from builder.errors import BuilderError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(builder.__version__, prog_name="builder")
+def cli() -> None:
+    """Offline builder of synthetic, phase-labelled wound crops.
+
+    pack real crops -> train -> shards -> score -> filter -> mix (builder.mixing). Not for diagnosis.
+    """
+
+
+for command in (pack, train, shards, regenerate, score, filter_, verify, list_, rm, sheet, demo):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """The console script `builder`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except BuilderError as error:
+        _fail(error.what, error.remedy)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\ninterrupted: what was committed is safe, and the same command continues", err=True)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}", "make room, or choose another --out")
+
+
+def _fail(what: str, remedy: str) -> NoReturn:
+    click.echo(f"error: {what}", err=True)
+    if remedy:
+        click.echo(f"       {remedy}", err=True)
+    sys.exit(2)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

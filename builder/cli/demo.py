@@ -1,0 +1,40 @@
+"""`builder demo`: the phantom wounds that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from builder.cli.options import out_option
+
+
+@click.group()
+def demo() -> None:
+    """Phantom wounds: rendered photographs whose truth is known. Phantoms are not patients."""
+
+
+@demo.command()
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--patients", type=click.IntRange(1), default=233, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
+def photographs(out: str, patients: int, seed: int, workers: int) -> None:
+    """Render photographs, boxes.csv and labels.csv into OUT: what a user of `builder pack` has."""
+    from builder.demo.phantom import write_photographs
+
+    click.echo(write_photographs(Path(out), patients=patients, seed=seed, workers=workers))
+
+
+@demo.command()
+@click.option("--patients", type=click.IntRange(1), default=233, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--name", default="phantom", show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
+@out_option
+def phantom(patients: int, seed: int, name: str, workers: int, out: str) -> None:
+    """Render phantom photographs and pack them as a real dataset."""
+    from builder.demo.phantom_dataset import ensure_phantom
+
+    dataset = ensure_phantom(out, name, patients=patients, seed=seed, workers=workers)
+    click.echo(f"dataset '{dataset.name}' is complete: {dataset.info['count']:,} crops")

@@ -1,0 +1,136 @@
+"""`builder filter`: turn away images by score, and say what real, flat and blurred ones would have scored."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from builder.cli.options import dataset_argument, out_option, partial_option
+from builder.errors import BuilderError, did_you_mean
+
+if TYPE_CHECKING:
+    from builder.quality.reference import Reference
+    from builder.shards.dataset import Dataset
+    from builder.shards.filter import Range, Tally
+
+
+@click.command("filter", context_settings={"ignore_unknown_options": True, "allow_extra_args": False})
+@dataset_argument
+@click.argument("thresholds", nargs=-1, type=click.UNPROCESSED, metavar="[--min-SCORE X] [--max-SCORE X]")
+@click.option("--where", default="", metavar="SQL", help="A condition over the manifest, e.g. \"phase = 'I'\" (duckdb).")
+@click.option("--no-gates", is_flag=True, help="Without the sanity gates (flat, blurred, black images may pass).")
+@click.option("--dry-run", is_flag=True, help="Only print what would happen.")
+@click.option("--name", help="Name of the new dataset. [default: <dataset>-accepted]")
+@click.option("--view", is_flag=True, help="Write manifests alone; the images stay in the source's tars.")
+@out_option
+@partial_option
+def filter_(
+    dataset: str | None, thresholds: tuple[str, ...], where: str, no_gates: bool, dry_run: bool,
+    name: str | None, view: bool, out: str, partial: bool,
+) -> None:  # fmt: skip
+    """Keep the images that pass, as a new dataset; the source is never touched.
+
+    Any score column takes --min-SCORE and --max-SCORE (e.g. --min-ssim 0.7 --max-clipped 0.1). Sanity gates are on:
+    each statistic must lie within what real training crops of the phase show.
+    """
+    from builder.quality.reference import has_reference, load_reference
+    from builder.shards.dataset import Dataset, find_dataset
+    from builder.shards.filter import Criteria, already_filtered, filter_dataset
+
+    if dataset and dataset.startswith("--"):  # `builder filter --min-ssim 0.7`: no dataset was named
+        dataset, thresholds = None, (dataset, *thresholds)
+    source = find_dataset(dataset, out, partial=partial)
+    click.echo(f"dataset: {source.name} ({source.info.get('count', 'partial')} images)")
+    reference = load_reference(source) if has_reference(source) else None
+    ranges = _thresholds(thresholds)
+    if not no_gates:
+        if reference is None:
+            raise BuilderError(
+                f"'{source.name}' has no gates: it was never scored against real crops",
+                f"run `builder score {source.name} --against REAL`, or filter with --no-gates",
+            )
+        ranges += _gates(reference)
+    criteria = Criteria(tuple(ranges), where)
+    if reference is not None:
+        _print_yardstick(reference, criteria)
+
+    target = Dataset(name or f"{source.name}-accepted", source.storage)
+    if not dry_run and already_filtered(source, criteria, target, view=view):
+        click.echo(f"dataset '{target.name}' is just this already; nothing to do")
+        return
+    tally = filter_dataset(source, criteria, None)
+    _print_tally(tally, source)
+    if dry_run:
+        click.echo("dry run: nothing was written")
+        return
+    if not sum(tally.kept.values()):
+        click.echo("no image passes: nothing was written", err=True)
+        sys.exit(1)
+    filter_dataset(source, criteria, target, view=view)
+    click.echo(f"wrote {'view' if view else 'dataset'} '{target.name}': {sum(tally.kept.values()):,} images; "
+               f"rejects with reasons in manifests/{target.name}/rejects")  # fmt: skip
+
+
+def _thresholds(words: tuple[str, ...]) -> list[Range]:
+    """--min-ssim 0.7 --max-clipped=0.1 -> ranges."""
+    from builder.shards.filter import Range
+    from builder.shards.schema import SCORE_NAMES
+
+    ranges = []
+    rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while rest:
+        option = rest.pop(0)
+        match = re.fullmatch(r"--(min|max)-([A-Za-z_-]+)", option)
+        if not match:
+            known = ["--where", "--no-gates", "--dry-run", "--name", "--view", "--out", "--partial"]
+            raise BuilderError(f"no such option: {option}", did_you_mean(option, [*known, *(f"--min-{s}" for s in SCORE_NAMES)]))
+        bound, score = match.group(1), match.group(2).replace("-", "_")
+        if score not in SCORE_NAMES:
+            raise BuilderError(f"no such score: {score}", did_you_mean(score, SCORE_NAMES))
+        try:
+            value = float(rest.pop(0))
+        except (IndexError, ValueError):
+            raise BuilderError(f"{option} needs a number", f"write {option} 0.7") from None
+        if bound == "min":
+            ranges.append(Range(score, low=value, reason=f"{score} < {value:g}"))
+        else:
+            ranges.append(Range(score, high=value, reason=f"{score} > {value:g}"))
+    return ranges
+
+
+def _gates(reference: Reference) -> list[Range]:
+    from builder.shards.filter import Range
+
+    return [
+        Range(statistic, low, high, phase, reason=f"gate {statistic}")
+        for phase, limits in reference.gates.items()
+        for statistic, (low, high) in limits.items()
+    ]
+
+
+def _print_yardstick(reference: Reference, criteria: Criteria) -> None:  # noqa: F821
+    """What share of real, flat and blurred images the same criteria would pass: the honest scale of a threshold."""
+    from builder.quality.reference import yardstick_table
+    from builder.shards.filter import judge
+
+    click.echo("\nshare that these criteria would pass (by the reference's yardsticks):")
+    for kind, table in yardstick_table(reference).items():
+        reasons = judge(table, type(criteria)(criteria.ranges))
+        share = sum(not said for said in reasons) / max(1, len(reasons))
+        click.echo(f"  {kind:<28} {share:6.1%}  of {len(reasons)}")
+    click.echo("")
+
+
+def _print_tally(tally: Tally, source: Dataset) -> None:
+    click.echo(f"{'phase':<8}{'kept':>8}{'rejected':>10}{'share kept':>12}")
+    for code in source.classes.codes:
+        kept, rejected = tally.kept[code], tally.rejected[code]
+        if kept + rejected:
+            click.echo(f"{code:<8}{kept:>8,}{rejected:>10,}{kept / (kept + rejected):>12.1%}")
+    kept, total = sum(tally.kept.values()), sum(tally.kept.values()) + sum(tally.rejected.values())
+    click.echo(f"{'all':<8}{kept:>8,}{total - kept:>10,}{kept / max(1, total):>12.1%}")
+    for (code, reason), times in sorted(tally.reasons.items(), key=lambda item: (item[0][0], -item[1])):
+        click.echo(f"  {code}: {reason}: {times:,}")

@@ -1,0 +1,218 @@
+"""`builder pack`: photographs, boxes and labels become a real dataset of shards and manifests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from builder import __version__
+from builder.config import CropsConfig, fingerprint
+from builder.crops.cut import BadPhotographError, cut, decode
+from builder.crops.patients import PatientKey, find_key
+from builder.crops.plan import PackRequest, Plan, PlannedCrop, make_plan, require_all_phases
+from builder.crops.split import split_patients
+from builder.crops.summary import PackSummary, Tally
+from builder.errors import BuilderError
+from builder.shards.dataset import Dataset
+from builder.shards.writer import Sample, encode_png, image_row, write_shard
+
+__all__ = ["PackRequest", "PackSummary", "pack"]
+
+
+def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackSummary:
+    """Cut every box into a crop and commit the dataset; dataset.json says complete only at the very end.
+
+    A complete dataset made from the same input is left as it is, and its summary returned; a partial one, which a
+    killed run left, is begun anew. All input is checked before anything is written; what fails later (an unreadable
+    photograph, a full disk) leaves nothing behind.
+
+    Raises:
+        BuilderError: a mistake in the input (see plan.make_plan), or a dataset of that name made from other input.
+    """
+    plan = make_plan(request, progress)
+    key = (
+        PatientKey(request.key, "given by the program")
+        if request.key is not None
+        else find_key(dataset.storage, request.key_file)
+    )
+    patients = {name: key.hash(patient) for name, patient in plan.patients.items()}
+    splits = _split(plan, patients, request.crops)
+    inputs = _inputs(request, plan, patients, key)
+    if dataset.exists():
+        existing = _existing(dataset, inputs)
+        if existing is not None:
+            return existing
+    info = _info(request, key, inputs)
+    try:
+        _clear(dataset)
+        dataset.write_info({**info, "state": "partial", "count": 0})
+        summary = _write(request, dataset, plan, patients, splits, key, progress)
+        dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
+    except Exception as error:
+        _clear(dataset)
+        failure = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(failure, OSError):
+            raise BuilderError(
+                f"dataset '{dataset.name}' cannot be written under {dataset.storage.root}: "
+                f"{failure.strerror or failure}; nothing of it was kept",
+                "make room or choose another --out, then run the same command again",
+            ) from None
+        raise
+    return summary
+
+
+# -- what decides the dataset -----------------------------------------------------------------------------------------
+
+
+def _split(plan: Plan, patients: dict[str, str], crops: CropsConfig) -> dict[str, str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, planned in plan.crops.items():
+        counts[patients[name]].update(crop.phase for crop in planned)
+    return split_patients(counts, {"train": crops.train, "val": crops.val, "test": crops.test}, crops.split_seed)
+
+
+def _inputs(request: PackRequest, plan: Plan, patients: dict[str, str], key: PatientKey) -> dict[str, Any]:
+    """What decides the pixels and rows, by name. Photographs count by path and length in bytes, not by content."""
+    photographs = [[name, plan.photographs.path(name).stat().st_size] for name in plan.photographs.names]
+    crops = [[name, crop.box, crop.phase] for name, planned in plan.crops.items() for crop in planned]
+    return {
+        "classes": request.classes.to_json(),
+        "photographs": fingerprint({"photographs": photographs}),
+        "boxes and labels": fingerprint({"crops": crops}),
+        "patients": fingerprint(patients),
+        "patient key": key.fingerprint,
+        "crops": vars(request.crops),
+        "size": request.freeze_size,
+        "without-box": request.without_box,
+        "skip-bad": request.skip_bad,
+        "images_per_shard": request.images_per_shard,
+    }
+
+
+def _existing(dataset: Dataset, inputs: dict[str, Any]) -> PackSummary | None:
+    """The summary of a complete dataset of the same input; None for a partial one, which may be begun anew."""
+    info = dataset.info
+    remedy = f"choose another name (--name), or remove it with `builder rm {dataset.name}`"
+    if info.get("origin") != "real" or "inputs" not in info:
+        raise BuilderError(f"dataset '{dataset.name}' exists, and was not made by `builder pack`", remedy)
+    if info["state"] != "complete":
+        return None
+    if info["fingerprint"] != fingerprint(inputs):
+        changed = [
+            name for name in inputs if fingerprint({"": inputs[name]}) != fingerprint({"": info["inputs"].get(name)})
+        ]
+        raise BuilderError(
+            f"dataset '{dataset.name}' exists, made from other input; changed: {', '.join(changed)}", remedy
+        )
+    summary = PackSummary.from_json(info["summary"])
+    summary.notes.append("it was there already, made from the same input; nothing was written")
+    return summary
+
+
+def _info(request: PackRequest, key: PatientKey, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "origin": "real",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "classes": request.classes.to_json(),
+        "config": {
+            "name": request.config_name,
+            "crops": vars(request.crops),
+            "images_per_shard": request.images_per_shard,
+        },
+        "group_by": request.group_by,
+        "inputs": inputs,
+        "fingerprint": fingerprint(inputs),
+        "lineage": {
+            "known": True,
+            "key_fingerprint": key.fingerprint,
+            "patients": [],
+        },  # a crop's patient is in its row
+        "parent": None,
+        "licence": {"base": None, "data": request.licence},
+        "versions": {"builder": __version__, "pillow": PIL.__version__, "numpy": np.__version__},
+    }
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    request: PackRequest,
+    dataset: Dataset,
+    plan: Plan,
+    patients: dict[str, str],
+    splits: dict[str, str],
+    key: PatientKey,
+    progress: bool,
+) -> PackSummary:
+    tally = Tally(request.classes.codes)
+    shard, photographs = 0, set()
+    samples: list[Sample] = []
+    total = sum(len(planned) for planned in plan.crops.values())
+    with tqdm(total=total, desc=f"packing {dataset.name}", unit="crop", disable=not progress) as bar:
+        for name, planned, row, payload in _samples(request, dataset.name, plan, patients, splits):
+            tally.add(
+                row, max(planned.box[2] - planned.box[0], planned.box[3] - planned.box[1]) if planned.box else None
+            )
+            photographs.add(name)
+            samples.append(Sample(row, payload))
+            bar.update()
+            if len(samples) == request.images_per_shard:
+                write_shard(dataset.storage, dataset.name, shard, samples)
+                shard, samples = shard + 1, []
+        if samples:
+            write_shard(dataset.storage, dataset.name, shard, samples)
+    require_all_phases(request.classes, tally.phases)
+    notes = [f"patients are hashed with the key of fingerprint {key.fingerprint}: {key.origin}", *plan.notes]
+    return tally.summary(dataset.name, len(photographs), plan.skipped, notes)
+
+
+def _samples(
+    request: PackRequest, dataset: str, plan: Plan, patients: dict[str, str], splits: dict[str, str]
+) -> Iterator[tuple[str, PlannedCrop, dict[str, Any], bytes]]:
+    """Photograph, planned crop, row and payload of every crop, each photograph decoded once.
+
+    Photographs come in an order drawn from their names, so that every shard mixes patients and phases.
+    """
+    indices: Counter[str] = Counter()
+    for name in sorted(plan.crops, key=lambda name: hashlib.sha256(f"order {name}".encode()).digest()):
+        try:
+            photograph = decode(plan.photographs.path(name))
+        except BadPhotographError:
+            if not request.skip_bad:
+                raise
+            plan.skipped["unreadable photographs, left out"] += 1
+            continue
+        for planned in plan.crops[name]:
+            crop = cut(
+                photograph,
+                planned.box,
+                margin=request.crops.margin,
+                max_size=request.crops.max_size,
+                freeze_size=request.freeze_size,
+            )
+            key = f"{dataset}-{planned.phase}-{indices[planned.phase]:08d}"
+            indices[planned.phase] += 1
+            row = {
+                **image_row(key, planned.phase, request.classes.label(planned.phase), "real", crop.pixels),
+                "patient": patients[name],
+                "split": splits[patients[name]],
+                "source": PurePosixPath(name).name,
+                "box": list(crop.box) if crop.box else None,
+                "original_size": list(crop.original_size),
+            }
+            yield name, planned, row, encode_png(crop.pixels)
+
+
+def _clear(dataset: Dataset) -> None:
+    """Remove all of a dataset that is not complete; the manifests first, so that none ever lacks its tar."""
+    dataset.storage.remove(f"manifests/{dataset.name}")
+    dataset.storage.remove(f"shards/{dataset.name}")

@@ -1,0 +1,35 @@
+"""Which device a worker runs on, and how many workers this machine takes."""
+
+from __future__ import annotations
+
+import os
+
+
+def default_workers() -> int:
+    """One worker a GPU, or one a core where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def prepare(worker: int) -> str:
+    """Set this process up as worker number `worker`; returns its device.
+
+    On CPU one thread: worker processes that share cores with several threads each get many times slower, and sums
+    over several threads may differ in the last bit.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        return f"cuda:{worker % torch.cuda.device_count()}"
+    return "cpu"
+
+
+def resolve_dtype(dtype: str) -> str:
+    """The dtype that 'auto' stands for here: float32 on CPU, bfloat16 on GPU. Recorded in the fingerprint."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"

@@ -1,0 +1,103 @@
+"""Make one image again from its manifest row, by replaying the batch it was made in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from builder.config import config_from_json
+from builder.errors import BuilderError
+from builder.job.plan import Plan
+from builder.job.run import VERSIONS
+from builder.job.spec import JobSpec
+from builder.shards.dataset import Dataset
+from builder.shards.writer import pixel_sha256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The image made again beside the recorded one. `differences` names what differs in the surroundings."""
+
+    key: str
+    identical: bool
+    max_difference: int  # of 255
+    mean_difference: float
+    differences: list[str]
+    pixels: np.ndarray
+
+
+class Regenerator:
+    """Replays images of one synthetic dataset. The checkpoint is the recorded one, or given (its weights must agree)."""
+
+    def __init__(self, dataset: Dataset, checkpoint: str | None = None) -> None:
+        from builder.job.devices import prepare
+        from builder.models.checkpoint import resolve
+        from builder.sampling.sampler import load_sampler
+
+        info = dataset.info
+        if "fingerprint_keys" not in info:
+            raise BuilderError(f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again")
+        keys = info["fingerprint_keys"]
+        found = resolve(checkpoint or info["checkpoint"])
+        if found.sha256 != keys["checkpoint"]:
+            raise BuilderError(
+                f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"
+            )
+        device = prepare(0)
+        self.dataset = dataset
+        self.spec = JobSpec(
+            config=config_from_json(info["config"]),
+            plan=Plan(tuple(keys["phases"]), tuple(keys["weights"])),
+            name=info.get("made_as", dataset.name),
+            out=dataset.storage.root,
+            checkpoint=str(found.path),
+            checkpoint_sha256=found.sha256,
+            dtype=keys["dtype"],
+            real=None,
+            real_out="",
+        )
+        self.sampler = load_sampler(self.spec.checkpoint, self.spec.config, device, self.spec.dtype)
+        self.versions = info["versions"]
+
+    def row(self, key: str) -> dict[str, Any]:
+        """The manifest row of a key; BuilderError when the dataset has none."""
+        import pyarrow.compute as pc
+
+        table = self.dataset.table()
+        found = table.filter(pc.equal(table["key"], key)).to_pylist()
+        if not found:
+            raise BuilderError(f"there is no image '{key}' in dataset '{self.dataset.name}'", "keys stand in its manifests")
+        return dict(found[0])
+
+    def compare(self, key: str) -> Comparison:
+        """Make the image of `key` again and compare its pixels with the stored ones."""
+        from builder.job.worker import replay_batch
+
+        row = self.row(key)
+        size = row["batch_size"]
+        start = row["position"] // size * size
+        images = replay_batch(self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"])
+        image = next(image for image, _ in images if image.position == row["position"])
+        stored = self.dataset.pixels(row)
+        difference = np.abs(image.pixels.astype(int) - stored.astype(int))
+        return Comparison(
+            key=key,
+            identical=pixel_sha256(image.pixels) == row["sha256"],
+            max_difference=int(difference.max()),
+            mean_difference=float(difference.mean()),
+            differences=self._differences(row),
+            pixels=image.pixels,
+        )
+
+    def _differences(self, row: dict[str, Any]) -> list[str]:
+        said = []
+        if row["device"] != self.sampler.device_name:
+            said.append(f"device: {row['device']} then, {self.sampler.device_name} now")
+        for package in VERSIONS:
+            then, now = self.versions.get(package), version(package)
+            if then != now:
+                said.append(f"{package}: {then} then, {now} now")
+        return said

@@ -1,0 +1,66 @@
+"""What a job makes, in plain data that travels to every worker; its fingerprint decides whether a run continues it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from builder.config import Config, fingerprint
+from builder.errors import BuilderError
+from builder.job.plan import Plan
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One batch job: dataset `name` under `out`, drawn from `checkpoint` (a folder), scored against `real`."""
+
+    config: Config
+    plan: Plan
+    name: str
+    out: str
+    checkpoint: str
+    checkpoint_sha256: str
+    dtype: str
+    real: str | None
+    real_out: str
+
+    def keys(self) -> dict[str, Any]:
+        """What decides the images, by name. A change of any of them is another dataset."""
+        sample = self.config.sample
+        return {
+            "classes": self.config.classes.to_json(),
+            "checkpoint": self.checkpoint_sha256,
+            "negative_prompt": sample.negative_prompt,
+            "size": sample.size,
+            "steps": sample.steps,
+            "guidance": sample.guidance,
+            "scheduler": sample.scheduler,
+            "batch_size": sample.batch_size,
+            "dtype": self.dtype,
+            "seed": self.config.seed,
+            "phases": list(self.plan.codes),
+            "weights": list(self.plan.weights),
+            "codec": self.config.shards.codec,
+            "images_per_shard": self.config.shards.images_per_shard,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.keys())
+
+    def require_same(self, recorded: dict[str, Any]) -> None:
+        """Refuse to continue a dataset that other settings made, naming the keys that differ."""
+        mine = json.loads(json.dumps(self.keys()))
+        changed = [key for key in mine if mine[key] != recorded.get(key)]
+        if changed:
+            said = "; ".join(f"{key}: {_short(recorded.get(key))} there, {_short(mine[key])} now" for key in changed)
+            raise BuilderError(
+                f"dataset '{self.name}' was begun with other settings: {said}",
+                f"use the old settings to continue it, another --name, or `builder rm {self.name}` to start over",
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

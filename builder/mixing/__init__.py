@@ -1,0 +1,5 @@
+"""Real and synthetic samples in one loader, at a ratio: `from builder.mixing import MixedLoader`."""
+
+from builder.mixing.loader import MixedLoader
+
+__all__ = ["MixedLoader"]

@@ -1,0 +1,108 @@
+"""Indexed reading: random access to the images of a dataset, in the tars where its manifest says they lie.
+
+A view (a filtered manifest without tars of its own) reads like any dataset: its rows point into the parent's tars.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from builder.errors import BuilderError
+from builder.shards.dataset import Dataset, resize
+
+COLUMNS = ("key", "label", "shard", "offset", "size", "split", "width", "height")
+OPEN_FILES = 128  # tars kept open by each process
+
+
+class Source:
+    """The samples of a dataset as columns (about 50 bytes a sample); rows are numbered in manifest order."""
+
+    def __init__(self, dataset: Dataset, split: str | None = None) -> None:
+        """All samples, or those of one split. BuilderError when there are none."""
+        self.name = dataset.name
+        self.storage = dataset.storage
+        table = dataset.table(COLUMNS)
+        if split is not None:
+            splits = table["split"]
+            table = table.filter(pc.fill_null(pc.equal(splits, split), False))
+            if not table.num_rows:
+                known = sorted(value for value in splits.unique().to_pylist() if value)
+                found = f"its splits are {', '.join(known)}" if known else "its samples have no split: pack it again"
+                raise BuilderError(f"dataset '{self.name}' has no sample of the split '{split}'", found)
+        if not table.num_rows:
+            raise BuilderError(f"dataset '{self.name}' has no sample", "loosen the filter that made it")
+        shards = table["shard"].combine_chunks().dictionary_encode()
+        self.shards: list[str] = shards.dictionary.to_pylist()
+        self.keys: pa.Array = table["key"].combine_chunks()
+        self.shard = shards.indices.to_numpy().astype(np.int32)
+        self.offset = table["offset"].to_numpy().astype(np.int64)
+        self.size = table["size"].to_numpy().astype(np.int32)
+        self.labels = table["label"].to_numpy().astype(np.int16)
+        width, height = table["width"], table["height"]
+        self.dimensions = (pc.min(width).as_py(), pc.min(height).as_py(), pc.max(width).as_py(), pc.max(height).as_py())
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process opens its own files
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the columns."""
+        return int(self.keys.nbytes + sum(c.nbytes for c in (self.shard, self.offset, self.size, self.labels)))
+
+    def members(self, classes: int) -> list[np.ndarray]:
+        """The rows (int32) of each class. BuilderError for a label outside the class table."""
+        if self.labels.min() < 0 or self.labels.max() >= classes:
+            raise BuilderError(
+                f"dataset '{self.name}' has labels outside its {classes} classes", f"run `builder verify {self.name}`"
+            )
+        return [np.flatnonzero(self.labels == label).astype(np.int32) for label in range(classes)]
+
+    def pixels(self, row: int, size: int | None) -> np.ndarray:
+        """The image of a row, uint8 RGB [H, W, 3]; resized to [size, size, 3] unless `size` is None.
+
+        BuilderError names shard and key when the tar is missing or cut short, or the image cannot be decoded.
+        """
+        try:
+            with Image.open(io.BytesIO(self._payload(row))) as image:
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            where = f"{self.keys[row].as_py()} in {self.shards[self.shard[row]]}"
+            raise BuilderError(
+                f"the image {where} cannot be read: {error}", f"run `builder verify {self.name}`"
+            ) from None
+        return pixels if size is None else resize(pixels, size)
+
+    def _payload(self, row: int) -> bytes:
+        shard, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
+        if self.storage.is_local:
+            payload = os.pread(self._file(shard), size, offset)
+        else:
+            payload = self.storage.read(self.shards[shard], offset, size)
+        if len(payload) != size:
+            raise OSError(f"the tar ends {size - len(payload)} bytes too early")
+        return payload
+
+    def _file(self, shard: int) -> int:
+        """The open tar; pread keeps no position, so a file inherited by a forked worker is safe to share."""
+        if shard not in self._files:
+            if len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.storage.path(self.shards[shard]), os.O_RDONLY)
+        self._files.move_to_end(shard)
+        return self._files[shard]

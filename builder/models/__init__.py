@@ -1,0 +1,1 @@
+"""Generators: families (build), checkpoints (resolve, describe, save) and safe loading."""

@@ -1,0 +1,1 @@
+"""From a seed to an image: noise, conditioning, schedule, guidance, decoding."""

@@ -1,0 +1,279 @@
+"""From seeds to pixels: diffusers' SDXL sampling, batch after batch, with the prompts encoded once.
+
+In float32 the pixels are those of a plain `StableDiffusionXLPipeline` called with the same prompts, negative prompt,
+scheduler, guidance scale, steps, original and target size, and with a list of generators, one per image:
+`torch.Generator("cpu").manual_seed(seed)`.
+In a lower precision only the denoiser runs in it: the solver's state, the micro-conditioning and the decoder stay in
+float32, so nothing overflows (SDXL's decoder does in float16) and no step rounds the image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from builder.config import Config, SampleConfig
+from builder.errors import BuilderError
+from builder.sampling.device import device_model, dtype_name, resolve_dtype
+from builder.sampling.prompts import PromptEmbedding, encode_prompts
+from builder.sampling.schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from builder.models.checkpoint import Checkpoint
+
+BLACK_LEVEL = 4.0  # an image with a mean below it, of 255, is black
+FLAT_DEVIATION = 2.0  # an image whose every channel deviates less, in levels, has one colour
+
+HIGHER_PRECISION = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to draw: phase code, label in the full class table, seed 0..2^32-1 (see `sampling.seeds`)."""
+
+    code: str
+    label: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images in the order of their requests.
+
+    pixels: uint8 RGB [N, H, W, 3]. bad: True where latents or pixels were not finite, or the image is black or of one
+    colour. original_sizes: side in px that each image was conditioned on. seconds: wall time of the whole batch.
+    """
+
+    pixels: np.ndarray
+    bad: list[bool]
+    original_sizes: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """The denoiser's conditioning of N images: token states [N, tokens, width] and the family's added inputs."""
+
+    hidden: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+    @classmethod
+    def joined(cls, first: _Condition, second: _Condition) -> _Condition:
+        added = {key: torch.cat([first.added[key], second.added[key]]) for key in first.added}
+        return cls(torch.cat([first.hidden, second.hidden]), added)
+
+
+class Sampler:
+    """Draws images of given seeds from a pipeline.
+
+    prompts: prompt by phase code. original_sizes: sides (px) of the training crops by phase code, e.g. quantiles; an
+    image is conditioned on entry `seed % len` of its phase's, or on its own size where there are none.
+    device: a torch device. dtype: of the denoiser; None resolves `config.dtype`.
+
+    The pipeline's UNet and VAE are moved to the device, and into evaluation mode, in place; its text encoders are used
+    where they are, and no longer once this returns. BuilderError for an unknown scheduler or dtype, and for a size,
+    step count, guidance or batch size that cannot be sampled.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        config: SampleConfig,
+        prompts: dict[str, str],
+        original_sizes: dict[str, list[int]],
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.config = config
+        self.prompts = prompts
+        self.original_sizes = original_sizes
+        self.device = torch.device(device)
+        self.dtype = dtype or resolve_dtype(config.dtype, device)
+        self._scheduler_config = dict(pipeline.scheduler.config)
+        make_scheduler(config.scheduler, self._scheduler_config)  # refuse an unknown name now, not at the first batch
+        self._shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        _require_possible(config, self._shrink)
+        embeddings = encode_prompts(pipeline, prompts, config.negative_prompt)
+        self._embeddings = embeddings.to(self.device)
+        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
+        self._unet: Any = _move(pipeline.unet.eval(), self.device, self.dtype, memory_format=layout)
+        self._vae: Any = _move(pipeline.vae.eval(), self.device, torch.float32, memory_format=layout)
+
+    @property
+    def dtype_name(self) -> str:
+        """The denoiser's dtype, as the manifest records it."""
+        return dtype_name(self.dtype)
+
+    @property
+    def device_model(self) -> str:
+        """The device's model, as the manifest records it."""
+        return device_model(str(self.device))
+
+    def original_size(self, code: str, seed: int) -> int:
+        """Side in px that an image of a phase is conditioned on."""
+        sizes = self.original_sizes.get(code)
+        return sizes[seed % len(sizes)] if sizes else self.config.size
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], precise: bool = False) -> Batch:
+        """Draw one batch. Pixels are the same whenever the same batch is drawn on the same kind of machine.
+
+        The batch is denoised as it is given; pass whole batches of the plan, as pixels depend on batch membership.
+        `precise` runs denoiser and decoder in the next higher precision: the second try of a batch with bad images.
+        """
+        started = time.perf_counter()
+        for request in requests:
+            if request.code not in self._embeddings.positive:
+                known = ", ".join(self._embeddings.positive)
+                raise BuilderError(f"no prompt was given for phase '{request.code}'", f"the sampler knows {known}")
+        sizes = [self.original_size(request.code, request.seed) for request in requests]
+        with self._precision(precise) as (dtype, vae_dtype):
+            latents = self._denoise(self._noise(requests), self._conditions(requests, sizes, dtype), dtype)
+            decoded = self._decode(latents.to(vae_dtype))
+            finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
+            pixels = to_pixels(decoded)
+        bad = [not ok or is_blank(image) for ok, image in zip(finite.tolist(), pixels, strict=True)]
+        return Batch(pixels, bad, sizes, time.perf_counter() - started)
+
+    @contextmanager
+    def _precision(self, higher: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
+        """Dtypes of denoiser and decoder. Widening and narrowing again leaves every weight as it was."""
+        if not higher:
+            yield self.dtype, torch.float32
+            return
+        dtype, vae_dtype = HIGHER_PRECISION[self.dtype], torch.float64
+        _move(self._unet, dtype)
+        _move(self._vae, vae_dtype)
+        try:
+            yield dtype, vae_dtype
+        finally:
+            _move(self._unet, self.dtype)
+            _move(self._vae, torch.float32)
+
+    def _noise(self, requests: Sequence[Request]) -> torch.Tensor:
+        """Standard normal latents [N, C, h, w], float32, each from the CPU generator of its seed."""
+        side = self.config.size // self._shrink
+        shape = (1, self._unet.config.in_channels, side, side)
+        noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed)) for request in requests]
+        return torch.cat(noise).to(self.device)
+
+    def _conditions(
+        self, requests: Sequence[Request], sizes: Sequence[int], dtype: torch.dtype
+    ) -> tuple[_Condition, _Condition]:
+        """(negative, positive) conditioning of a batch."""
+        positive = [self._embeddings.positive[request.code] for request in requests]
+        negative = [self._embeddings.negative] * len(requests)
+        return self._condition(negative, sizes, dtype), self._condition(positive, sizes, dtype)
+
+    def _condition(self, embeddings: Sequence[PromptEmbedding], sizes: Sequence[int], dtype: torch.dtype) -> _Condition:
+        hidden = torch.stack([embedding.hidden for embedding in embeddings]).to(dtype)
+        pooled = torch.stack([embedding.pooled for embedding in embeddings]).to(dtype)
+        return _Condition(hidden, added_conditioning(pooled, sizes, self.config.size))
+
+    def _denoise(
+        self, noise: torch.Tensor, conditions: tuple[_Condition, _Condition], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Solve the probability-flow ODE from noise to clean latents [N, C, h, w] in float32."""
+        scheduler = make_scheduler(self.config.scheduler, self._scheduler_config)
+        scheduler.set_timesteps(self.config.steps, device=self.device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)  # else the solver looks its first step up on the device, and waits for it
+        negative, positive = conditions
+        both = _Condition.joined(negative, positive)
+        latents = noise * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
+            if self.config.guidance > 1:
+                prediction = self._unet_output(torch.cat([model_input] * 2), timestep, both)
+                without, prompted = prediction.chunk(2)
+                prediction = without + self.config.guidance * (prompted - without)  # Ho & Salimans 2022
+            else:
+                prediction = self._unet_output(model_input, timestep, positive)
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return latents
+
+    def _unet_output(self, model_input: torch.Tensor, timestep: torch.Tensor, condition: _Condition) -> torch.Tensor:
+        output = self._unet(
+            model_input,
+            timestep,
+            encoder_hidden_states=condition.hidden,
+            added_cond_kwargs=condition.added,
+            return_dict=False,
+        )
+        return output[0].float()
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W] around -1..1."""
+        config = self._vae.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, deviation = latents.new_tensor([config.latents_mean, config.latents_std])[:, None, :, None, None]
+            latents = latents * deviation / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor
+        return self._vae.decode(latents, return_dict=False)[0]
+
+
+def added_conditioning(pooled: torch.Tensor, original_sizes: Sequence[int], size: int) -> dict[str, torch.Tensor]:
+    """What the SDXL family's denoiser gets beside the token states: here families differ.
+
+    Micro-conditioning (Podell 2023): original height and width, top and left of the crop, target height and width, in
+    px. A phase's crops are squares cut whole, so top and left are 0.
+    """
+    time_ids = [[side, side, 0, 0, size, size] for side in original_sizes]
+    return {"text_embeds": pooled, "time_ids": torch.tensor(time_ids, dtype=torch.float32, device=pooled.device)}
+
+
+def to_pixels(decoded: torch.Tensor) -> np.ndarray:
+    """Decoded images [N, 3, H, W], -1..1, as uint8 RGB [N, H, W, 3], rounded as diffusers does; NaN becomes black."""
+    unit = (decoded.float() * 0.5 + 0.5).clamp(0, 1).nan_to_num(0.0)
+    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def is_blank(pixels: np.ndarray) -> bool:
+    """Whether an image, uint8 [H, W, 3], is (nearly) black or (nearly) of one colour."""
+    values = pixels.astype(np.float32)
+    return bool(values.mean() < BLACK_LEVEL or values.std(axis=(0, 1)).max() < FLAT_DEVIATION)
+
+
+def load_sampler(checkpoint: Checkpoint, config: Config, device: str = "cpu") -> Sampler:
+    """A sampler of a checkpoint, set up by `config.sample`.
+
+    Prompts are those that the checkpoint was trained with, and the config's for classes that it does not know (a
+    foreign checkpoint has none); `Sampler.prompts` tells which.
+    """
+    from builder.models.load import load_pipeline
+
+    pipeline = load_pipeline(checkpoint, "cpu", torch.float32)  # text encoders and decoder: exact, and off the GPU
+    prompts = {phase.code: phase.prompt for phase in config.classes} | checkpoint.prompts
+    return Sampler(pipeline, config.sample, prompts, checkpoint.original_sizes, device)
+
+
+def _move(module: torch.nn.Module, *to: Any, **keywords: Any) -> torch.nn.Module:
+    """`module.to(...)` without the warning that diffusers' own logs at every cast."""
+    return torch.nn.Module.to(module, *to, **keywords)
+
+
+def _require_possible(config: SampleConfig, shrink: int) -> None:
+    if config.size < shrink or config.size % shrink:
+        raise BuilderError(
+            f"sample.size {config.size} is not a multiple of the autoencoder's {shrink}",
+            f"choose a multiple of {shrink}, best the size that the checkpoint was trained at",
+        )
+    if config.steps < 1:
+        raise BuilderError(f"sample.steps is {config.steps}", "at least one step is needed")
+    if config.guidance < 1:
+        raise BuilderError(f"sample.guidance is {config.guidance}", "1 samples without guidance; 3-5 is usual")
+    if config.batch_size < 1:
+        raise BuilderError(f"sample.batch_size is {config.batch_size}", "at least one image makes a batch")

@@ -1,0 +1,207 @@
+"""Accept or turn away the images of a dataset by what its manifests say, and write the accepted as a new one."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from builder.errors import BuilderError, did_you_mean
+from builder.shards.dataset import Dataset
+from builder.shards.schema import IDENTITY, SCORE_NAMES
+from builder.shards.writer import Sample, manifest_path, shard_name, write_manifest, write_shard
+
+PLACE = ("shard", "offset", "size")
+
+
+@dataclass(frozen=True)
+class Range:
+    """A column must lie in [low, high]; of one phase, or of all (None). A missing value or NaN does not."""
+
+    column: str
+    low: float | None = None
+    high: float | None = None
+    phase: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What an image must satisfy: every range, and the SQL condition over its manifest row ('' for none)."""
+
+    ranges: tuple[Range, ...] = ()
+    where: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ranges": [asdict(r) for r in self.ranges], "where": self.where}
+
+
+@dataclass
+class Tally:
+    """Kept and rejected per phase, and how often each reason was given (an image may have several)."""
+
+    kept: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, phases: Sequence[str], reasons: Sequence[Sequence[str]]) -> None:
+        for phase, said in zip(phases, reasons, strict=True):
+            (self.rejected if said else self.kept)[phase] += 1
+            self.reasons.update((phase, reason) for reason in said)
+
+
+def judge(table: pa.Table, criteria: Criteria) -> list[list[str]]:
+    """The reasons against each row of a manifest; an empty list means accepted. BuilderError for an unknown column."""
+    reasons: list[list[str]] = [[] for _ in range(table.num_rows)]
+    for limit in criteria.ranges:
+        for row in pc.indices_nonzero(_violates(table, limit)).to_pylist():
+            reasons[row].append(limit.reason)
+    if criteria.where:
+        for row in _where_not(table, criteria.where):
+            reasons[row].append(f"not {criteria.where}")
+    return reasons
+
+
+def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None, *, view: bool = False) -> Tally:
+    """Judge every image of `dataset`; with a `target`, write the accepted there and the rest to its rejects.
+
+    A view's manifests point into the source's tars; otherwise the images are repacked, byte for byte, into full
+    shards. The source is never touched. Interrupted, the target stays partial and is made anew.
+    """
+    if target is None:
+        tally = Tally()
+        for number in dataset.shard_numbers():
+            table = dataset.shard_table(number)
+            tally.add(table["phase"].to_pylist(), judge(table, criteria))
+        return tally
+    info = _begin(dataset, criteria, target, view=view)
+    tally = _write_view(dataset, criteria, target) if view else _write_repacked(dataset, criteria, target)
+    target.write_info({**info, "state": "complete", "count": sum(tally.kept.values())})
+    return tally
+
+
+def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> bool:
+    """Whether `target` is just this; BuilderError when it is something else."""
+    if not target.exists() or target.info["state"] != "complete":
+        return False
+    info = target.info
+    same = info.get("parent") == dataset.name and info.get("filter") == criteria.to_json() and info.get("view") == view
+    if same and info.get("parent_created") == dataset.info.get("created") and info.get("parent_count") == dataset.info.get("count"):
+        return True
+    raise BuilderError(
+        f"dataset '{target.name}' exists and was made with other settings",
+        f"choose another --name, or `builder rm {target.name}` first",
+    )
+
+
+def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> dict[str, Any]:
+    source = dataset.info
+    for folder in (f"shards/{target.name}", f"manifests/{target.name}"):
+        target.storage.remove(folder)  # what an interrupted run left; complete targets are refused before
+    info = {
+        **source,
+        "name": target.name,
+        "state": "partial",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "parent": dataset.name,
+        "parent_created": source.get("created"),
+        "parent_count": source.get("count"),
+        "made_as": source.get("made_as", dataset.name),
+        "filter": criteria.to_json(),
+        "view": view,
+    }
+    target.write_info(info)
+    return info
+
+
+def _write_view(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
+    tally = Tally()
+    for number in dataset.shard_numbers():
+        table = dataset.shard_table(number)
+        reasons = judge(table, criteria)
+        tally.add(table["phase"].to_pylist(), reasons)
+        accepted = table.filter(pa.array([not said for said in reasons]))
+        _write_rejects(target, number, table, reasons)
+        if accepted.num_rows:
+            write_manifest(target.storage, manifest_path(target.name, number), accepted)
+    return tally
+
+
+def _write_repacked(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
+    tally = Tally()
+    per_shard = dataset.info.get("config", {}).get("shards", {}).get("images_per_shard", 200)
+    pending: list[Sample] = []
+    shards = 0
+    for sample in _accepted(dataset, criteria, target, tally):
+        pending.append(sample)
+        if len(pending) == per_shard:
+            write_shard(target.storage, target.name, shards, pending)
+            pending, shards = [], shards + 1
+    if pending:
+        write_shard(target.storage, target.name, shards, pending)
+    return tally
+
+
+def _accepted(dataset: Dataset, criteria: Criteria, target: Dataset, tally: Tally) -> Iterator[Sample]:
+    for number in dataset.shard_numbers():
+        table = dataset.shard_table(number)
+        reasons = judge(table, criteria)
+        tally.add(table["phase"].to_pylist(), reasons)
+        _write_rejects(target, number, table, reasons)
+        for row, said in zip(table.to_pylist(), reasons, strict=True):
+            if not said:
+                payload = dataset.payload(row)
+                yield Sample({name: value for name, value in row.items() if name not in PLACE}, payload)
+
+
+def _write_rejects(target: Dataset, number: int, table: pa.Table, reasons: list[list[str]]) -> None:
+    rejected = table.filter(pa.array([bool(said) for said in reasons], pa.bool_()))
+    if not rejected.num_rows:
+        return
+    said_of = pa.array(["; ".join(said) for said in reasons if said])
+    buffer = io.BytesIO()
+    pq.write_table(rejected.append_column("reason", said_of), buffer, compression="zstd")
+    target.storage.write(f"manifests/{target.name}/rejects/{shard_name(number)}.parquet", buffer.getvalue())
+
+
+def _violates(table: pa.Table, limit: Range) -> pa.Array:
+    if limit.column not in table.column_names:
+        numeric = [name for name in SCORE_NAMES if name in table.column_names]
+        raise BuilderError(f"there is no column '{limit.column}' in the manifest", did_you_mean(limit.column, numeric))
+    values = pc.cast(table[limit.column], pa.float64())
+    low = -math.inf if limit.low is None else limit.low
+    high = math.inf if limit.high is None else limit.high
+    # Scores are stored in 32 bits: compare at that precision, so that 0.7 passes --min 0.7.
+    low, high = (pa.scalar(pc.cast(pa.scalar(v), pa.float32()).as_py(), pa.float64()) for v in (low, high))
+    inside = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
+    outside = pc.invert(pc.fill_null(inside, False))
+    if limit.phase is not None:
+        outside = pc.and_(outside, pc.equal(table["phase"], limit.phase))
+    return outside
+
+
+def _where_not(table: pa.Table, where: str) -> list[int]:
+    """Row numbers that do not satisfy an SQL condition (duckdb's dialect); unknown counts as not."""
+    import duckdb
+
+    numbered = table.append_column("row_number_", pa.array(range(table.num_rows), pa.int64()))
+    try:
+        with duckdb.connect() as connection:
+            connection.execute("SET enable_external_access = false")
+            connection.register("manifest", numbered)
+            query = f"SELECT row_number_ FROM manifest WHERE NOT coalesce(({where}), false) ORDER BY 1"
+            return [row for (row,) in connection.execute(query).fetchall()]
+    except duckdb.Error as error:
+        columns = ", ".join(field.name for field in IDENTITY)
+        raise BuilderError(
+            f"--where '{where}' is no condition over the manifest: {str(error).splitlines()[0]}",
+            f"write for example --where \"ssim > 0.7 and phase = 'I'\"; columns: {columns}, the scores {', '.join(SCORE_NAMES)}, ...",
+        ) from None

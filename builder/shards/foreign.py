@@ -1,0 +1,180 @@
+"""Foreign images become a dataset: WebDataset tars of others, or a folder of images in one folder per phase.
+
+They are decoded and packed into shards of our own layout and codec, so that every command works on them and nobody
+can tell them from others by their file. The name of the original stays in the column `source`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+from builder import __version__
+from builder.config import fingerprint
+from builder.errors import BuilderError
+from builder.phases import ClassTable
+from builder.shards.dataset import NAME, Dataset
+from builder.shards.storage import Storage
+from builder.shards.writer import Sample, encode_png, image_row, write_shard
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES_PER_SHARD = 200
+
+Found = tuple[str, str, np.ndarray]  # phase, name of the original, pixels
+
+
+def is_foreign(reference: str, out: str = ".") -> bool:
+    """Whether `reference` means tars or a folder of images, not a dataset of ours under `out`, by name or path."""
+    path = Path(reference)
+    if reference.endswith(".tar") or any(mark in reference for mark in "*?{"):
+        return True
+    if not path.is_dir() or (path / "dataset.json").exists():
+        return False
+    if NAME.fullmatch(reference) and Dataset(reference, Storage(out)).exists():
+        return False
+    if path.parent.name == "shards" and (path.parent.parent / "manifests" / path.name / "dataset.json").exists():
+        return False
+    return any(path.glob("*.tar")) or any(file.suffix.lower() in IMAGES for file in path.glob("*/*"))
+
+
+def adopt(
+    source: str, name: str | None, storage: Storage, classes: ClassTable, *, origin: str = "synthetic"
+) -> Dataset:
+    """Pack foreign images into a new dataset `name` (default: the source's name) under `storage`.
+
+    `source`: a folder with one folder of images per phase code, a folder of tars, a tar, or a glob of tars (fsspec
+    URLs too). A tar holds png, jpg, jpeg or webp members, each with a member of the same stem that says its class:
+    .cls (label), .json (`label` or `phase`) or .txt (phase code or label).
+    Raises BuilderError for what cannot be read or has no class, naming tar and member, and for a name that is taken.
+    """
+    dataset = Dataset(name or _name(source), storage)
+    if dataset.exists() and dataset.info["state"] == "complete":
+        if dataset.info.get("adopted_from") == source:
+            return dataset
+        raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
+    for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
+        storage.remove(folder)  # what an interrupted run left
+    info = _info(dataset.name, source, classes, origin)
+    dataset.write_info(info)
+    counts: Counter[str] = Counter()
+    pending: list[Sample] = []
+    shards = 0
+    for phase, original, pixels in _images(source, classes):
+        key = f"{dataset.name}-{phase}-{counts[phase]:08d}"
+        counts[phase] += 1
+        row = {**image_row(key, phase, classes.label(phase), origin, pixels), "source": original}
+        pending.append(Sample(row, encode_png(pixels)))
+        if len(pending) == IMAGES_PER_SHARD:
+            write_shard(storage, dataset.name, shards, pending)
+            pending, shards = [], shards + 1
+    if pending:
+        write_shard(storage, dataset.name, shards, pending)
+    if not counts:
+        raise BuilderError(f"{source} holds no images", f"expected {', '.join(IMAGES)} in tars or in folders {', '.join(classes.codes)}")
+    dataset.write_info({**info, "state": "complete", "count": counts.total()})
+    return dataset
+
+
+def _name(source: str) -> str:
+    path = PurePosixPath(source.rstrip("/"))
+    stem = path.parent.name if any(mark in path.name for mark in "*?{") else path.name.removesuffix(".tar")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "foreign"
+
+
+def _info(name: str, source: str, classes: ClassTable, origin: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "state": "partial",
+        "origin": origin,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "classes": classes.to_json(),
+        "count": 0,
+        "config": {},
+        "fingerprint": fingerprint({"adopted_from": source, "classes": classes.to_json()}),
+        "lineage": {"known": False, "key_fingerprint": None, "patients": []},
+        "parent": None,
+        "licence": {"base": None, "data": None},
+        "versions": {"builder": __version__},
+        "adopted_from": source,
+    }
+
+
+def _images(source: str, classes: ClassTable) -> Iterator[Found]:
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        yield from _tree(folder, classes)
+        return
+    pattern = f"{source.rstrip('/')}/*.tar" if folder.is_dir() else source
+    files = sorted(fsspec.open_files(pattern, "rb"), key=lambda file: str(file.path))
+    if not files or (len(files) == 1 and not files[0].fs.exists(files[0].path)):
+        raise BuilderError(f"there are no tars at {source}", "check the path or the pattern")
+    for file in files:
+        with file as stream:
+            yield from _tar(stream.read(), PurePosixPath(file.path).name, classes)
+
+
+def _tree(folder: Path, classes: ClassTable) -> Iterator[Found]:
+    for code in classes.codes:
+        for file in sorted((folder / code).glob("*")):
+            if file.suffix.lower() in IMAGES:
+                yield code, f"{code}/{file.name}", _decode(file.read_bytes(), str(file))
+
+
+def _tar(data: bytes, name: str, classes: ClassTable) -> Iterator[Found]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise BuilderError(f"{name} is not a readable tar: {error}", "fetch it again") from None
+    for member in sorted(members):
+        stem, suffix = _split(member)
+        if suffix.lower() in IMAGES:
+            code = _code({s: members[stem + s] for s in (".cls", ".json", ".txt") if stem + s in members}, classes, f"{member} in {name}")
+            yield code, member, _decode(members[member], f"{member} in {name}")
+
+
+def _split(member: str) -> tuple[str, str]:
+    """WebDataset's rule: the stem ends at the first dot of the last path part."""
+    folder, slash, last = member.rpartition("/")
+    stem, dot, rest = last.partition(".")
+    return folder + slash + stem, dot + rest
+
+
+def _code(said: dict[str, bytes], classes: ClassTable, where: str) -> str:
+    """The phase code that the class members of an image say."""
+    value: object = None
+    try:
+        if ".cls" in said:
+            value = said[".cls"].decode().strip()
+        elif ".json" in said:
+            described = json.loads(said[".json"])
+            value = described.get("phase", described.get("label"))
+        elif ".txt" in said:
+            value = said[".txt"].decode().strip()
+    except (ValueError, AttributeError) as error:
+        raise BuilderError(f"the class of {where} cannot be read: {error}", "mend its .cls, .json or .txt member") from None
+    text = str(value)
+    if value is not None and text in classes.codes:
+        return text
+    if text.isdecimal() and int(text) < len(classes):
+        return classes.codes[int(text)]
+    problem = f"has the class {text!r}, which is none of {', '.join(classes.codes)}" if value is not None else "has no class"
+    raise BuilderError(f"{where} {problem}", f"give it a .cls member with a label from 0 to {len(classes) - 1}")
+
+
+def _decode(data: bytes, where: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BuilderError(f"the image {where} cannot be read: {error}", "replace it or take it out") from None

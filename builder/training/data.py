@@ -1,0 +1,99 @@
+"""Training crops in memory, and the order they are drawn in: a pure function of the position, so a step is a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from builder.errors import BuilderError
+from builder.shards.dataset import Dataset, resize
+
+
+@dataclass(frozen=True)
+class TrainingCrops:
+    """`pixels` uint8 [N, 3, S, S]; `labels` int64 [N]; `native` (height, width) of each crop, int64 [N, 2], px."""
+
+    pixels: Tensor
+    labels: Tensor
+    native: Tensor
+    patients: list[str]  # keyed hashes, sorted: the lineage of what is trained on them
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
+    """All crops of the training split, resized to `size` px.
+
+    Raises BuilderError when the dataset has no training crops, or a class has none.
+    """
+    rows = [row for row in dataset.table().to_pylist() if row["split"] == "train"]
+    if not rows:
+        raise BuilderError(
+            f"dataset '{dataset.name}' has no crops of the split 'train'", "pack real photographs with `builder pack`"
+        )
+    empty = [code for code in dataset.classes.codes if not any(row["phase"] == code for row in rows)]
+    if empty:
+        raise BuilderError(
+            f"dataset '{dataset.name}' has no training crops of {', '.join(empty)}",
+            "pack more photographs, or leave the class out of `classes:`",
+        )
+    reading = tqdm(dataset.images(rows), total=len(rows), desc=f"read {dataset.name}", unit="crop", leave=False)
+    pixels = np.stack([resize(image, size) for _, image in reading])
+    sizes = [row["original_size"] or (row["width"], row["height"]) for row in rows]
+    return TrainingCrops(
+        pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        labels=torch.tensor([row["label"] for row in rows]),
+        native=torch.tensor([(height, width) for width, height in sizes]),
+        patients=sorted({row["patient"] for row in rows if row["patient"]}),
+    )
+
+
+class CropSampler:
+    """Which crop stands at position 0, 1, 2, ... of an endless draw without replacement.
+
+    Balanced: the classes take turns, and each goes through its own crops in passes, shuffled anew each pass. So in
+    every stretch of positions the classes' counts differ by at most 1, and within a class the crops' by at most 1.
+    """
+
+    def __init__(self, labels: Tensor, *, balanced: bool, seed: int) -> None:
+        groups = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+        self.groups = groups if balanced else [torch.arange(len(labels))]
+        self.seed = seed
+        self._passes: dict[int, tuple[int, Tensor]] = {}  # group -> (number of the pass, its order)
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """The crops of step `step` (from 0) at batch size `size`: int64 [size]."""
+        return torch.stack([self._at(position) for position in range(step * size, (step + 1) * size)])
+
+    def _at(self, position: int) -> Tensor:
+        turn, group = divmod(position, len(self.groups))
+        number, place = divmod(turn, len(self.groups[group]))
+        if self._passes.get(group, (-1,))[0] != number:
+            order = torch.randperm(len(self.groups[group]), generator=step_generator(self.seed, "pass", group, number))
+            self._passes[group] = (number, self.groups[group][order])
+        return self._passes[group][1][place]
+
+
+def step_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator of its own for each (seed, names): what is drawn at a step doesn't depend on the steps before."""
+    import hashlib
+
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def size_quantiles(native: Tensor, labels: Tensor, codes: Sequence[str], most: int = 32) -> dict[str, list[int]]:
+    """Per class, up to `most` quantiles of the crops' native longer side, px: what sampling conditions on."""
+    sides = native.max(dim=1).values.double()
+    found = {}
+    for label, code in enumerate(codes):
+        own = sides[labels == label]
+        points = (torch.arange(min(most, len(own)), dtype=torch.double) + 0.5) / max(1, min(most, len(own)))
+        found[code] = [round(value) for value in torch.quantile(own, points).tolist()] if len(own) else []
+    return found

@@ -1,0 +1,62 @@
+"""Fixtures that several rooms' tests share: small real datasets, made with the product's own writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builder.phases import HEALING_PHASES
+from builder.shards.dataset import Dataset
+from builder.shards.storage import Storage
+from builder.shards.writer import Sample, encode_png, image_row, write_shard
+
+
+def textured(seed: int, size: int = 64) -> np.ndarray:
+    """A random picture with structure at several scales: uint8 RGB [size, size, 3]."""
+    from PIL import Image
+
+    generator = np.random.default_rng(seed)
+    picture = np.zeros((size, size, 3), np.float32)
+    for cells, strength in ((4, 60.0), (12, 40.0), (size, 14.0)):
+        grid = generator.normal(0, 1, (cells, cells, 3)).astype(np.float32)
+        layers = [Image.fromarray(grid[..., c]).resize((size, size), Image.Resampling.BICUBIC) for c in range(3)]
+        picture += strength * np.stack([np.asarray(layer) for layer in layers], -1)
+    tint = generator.uniform(90, 170, 3)
+    return np.clip(picture + tint, 1, 254).astype(np.uint8)
+
+
+def write_real(root: Path, name: str = "clinic", per_phase: int = 12, size: int = 64, codes: str = "IPR") -> Dataset:
+    """A real dataset of textured crops: six patients a phase, of which four train, one validates and one tests."""
+    storage = Storage(root)
+    samples = []
+    for code in codes:
+        for index in range(per_phase):
+            pixels = textured(1000 * ord(code) + index, size)
+            patient = index % 6
+            row = image_row(f"{name}-{code}-{index:08d}", code, HEALING_PHASES.label(code), "real", pixels) | {
+                "patient": f"{ord(code):02x}{patient:030x}",
+                "split": ("train", "train", "train", "train", "val", "test")[patient],
+                "source": f"{code}{index}.jpg",
+                "box": [8.0, 8.0, size - 8.0, size - 8.0],
+                "original_size": [size, size],
+            }
+            samples.append(Sample(row, encode_png(pixels)))
+    dataset = Dataset(name, storage)
+    half = len(samples) // 2
+    write_shard(storage, name, 0, samples[:half])
+    write_shard(storage, name, 1, samples[half:])
+    dataset.write_info(
+        {
+            "name": name, "state": "complete", "origin": "real", "created": "2026-01-01T00:00:00+00:00",
+            "classes": HEALING_PHASES.to_json(), "count": len(samples), "config": {}, "parent": None,
+            "lineage": {"known": True, "key_fingerprint": "test", "patients": []}, "licence": {"base": None, "data": "CC0"},
+        }
+    )  # fmt: skip
+    return dataset
+
+
+@pytest.fixture()
+def clinic(tmp_path: Path) -> Dataset:
+    return write_real(tmp_path)
