@@ -60,3 +60,22 @@ def write_real(root: Path, name: str = "clinic", per_phase: int = 12, size: int 
 @pytest.fixture()
 def clinic(tmp_path: Path) -> Dataset:
     return write_real(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SDXL with random weights, saved as training saves it: 16 px images, four channels of latents."""
+    from builder.models.checkpoint import Checkpoint, Lineage, save_checkpoint
+    from builder.models.sdxl import build
+    from tests.test_models import ARCHITECTURE
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    checkpoint = Checkpoint(
+        path,
+        classes=HEALING_PHASES,
+        prompts={phase.code: phase.prompt for phase in HEALING_PHASES},
+        original_sizes={"I": [20, 30], "P": [16], "R": [40]},
+        lineage=Lineage(True, "test", ["49" + f"{0:030x}"]),
+    )
+    save_checkpoint(build(ARCHITECTURE, 16, 0), checkpoint)
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -46,15 +46,17 @@ def shards(
     if workers is not None and workers < 1:
         raise BuilderError(f"--workers is {workers}", "at least one worker is needed")
 
-    from builder.job.devices import default_workers, resolve_dtype
+    from builder.job.devices import default_workers, device_kind
     from builder.job.plan import Plan
     from builder.job.run import log_to_file, run_job
     from builder.job.spec import JobSpec
     from builder.models.checkpoint import resolve
+    from builder.sampling.device import dtype_name, resolve_dtype
 
     plan = Plan.of(codes, _weights(weights))
     found = resolve(checkpoint or config.checkpoint)
-    config.classes.require_same(found.classes, "the config", f"checkpoint '{found.name}'")
+    if found.classes is not None:
+        config.classes.require_same(found.classes, "the config", f"checkpoint '{found.name}'")
     spec = JobSpec(
         config=config,
         plan=plan,
@@ -62,13 +64,13 @@ def shards(
         out=out,
         checkpoint=str(found.path),
         checkpoint_sha256=found.sha256,
-        dtype=resolve_dtype(config.sample.dtype),
+        dtype=dtype_name(resolve_dtype(config.sample.dtype, device_kind())),
         real=_real_dataset(real or config.real, out),
         real_out=out,
     )
     log = log_to_file(spec)
     outcome = run_job(
-        spec, count, lineage=found.lineage, licence=found.licence,
+        spec, count, lineage=asdict(found.lineage), licence=found.licence,
         engine=engine, workers=workers or default_workers(), say=click.echo,
     )  # fmt: skip
     if outcome.failed:

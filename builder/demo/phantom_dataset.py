@@ -10,12 +10,13 @@ from builder.demo.phantom import write_photographs
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 
+PHANTOM = "phantom"  # the name under which commands ask for it
 KEY = b"phantom"  # nobody's secret: the patients are invented, and everybody's hashes must agree
 LICENCE = "phantom, CC0"
 
 
 def ensure_phantom(
-    storage_root: str, name: str = "phantom", patients: int = 233, seed: int = 0, workers: int = 2
+    storage_root: str, name: str = PHANTOM, patients: int = 233, seed: int = 0, workers: int = 2
 ) -> Dataset:
     """The phantom dataset `name` under an output root, rendered and packed unless it is there and complete.
 
@@ -35,7 +36,7 @@ def ensure_phantom(
             boxes=out / "boxes.csv",
             labels=out / "labels.csv",
             key=KEY,
-            config_name="phantom",
+            config_name=PHANTOM,
             licence=LICENCE,
         )
         print(pack(request, dataset))

@@ -12,6 +12,13 @@ def default_workers() -> int:
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
 
 
+def device_kind() -> str:
+    """'cuda' or 'cpu': what the workers of this machine run on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def prepare(worker: int) -> str:
     """Set this process up as worker number `worker`; returns its device.
 
@@ -21,15 +28,4 @@ def prepare(worker: int) -> str:
     import torch
 
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        return f"cuda:{worker % torch.cuda.device_count()}"
-    return "cpu"
-
-
-def resolve_dtype(dtype: str) -> str:
-    """The dtype that 'auto' stands for here: float32 on CPU, bfloat16 on GPU. Recorded in the fingerprint."""
-    import torch
-
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if torch.cuda.is_available() else "float32"
+    return f"cuda:{worker % torch.cuda.device_count()}" if device_kind() == "cuda" else "cpu"

@@ -59,7 +59,7 @@ class Regenerator:
             real=None,
             real_out="",
         )
-        self.sampler = load_sampler(self.spec.checkpoint, self.spec.config, device, self.spec.dtype)
+        self.sampler = load_sampler(found, self.spec.config, device)
         self.versions = info["versions"]
 
     def row(self, key: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class Regenerator:
         row = self.row(key)
         size = row["batch_size"]
         start = row["position"] // size * size
-        images = replay_batch(self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"])
+        images = replay_batch(self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype)
         image = next(image for image, _ in images if image.position == row["position"])
         stored = self.dataset.pixels(row)
         difference = np.abs(image.pixels.astype(int) - stored.astype(int))
@@ -94,8 +94,8 @@ class Regenerator:
 
     def _differences(self, row: dict[str, Any]) -> list[str]:
         said = []
-        if row["device"] != self.sampler.device_name:
-            said.append(f"device: {row['device']} then, {self.sampler.device_name} now")
+        if row["device"] != self.sampler.device_model:
+            said.append(f"device: {row['device']} then, {self.sampler.device_model} now")
         for package in VERSIONS:
             then, now = self.versions.get(package), version(package)
             if then != now:

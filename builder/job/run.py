@@ -148,7 +148,8 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
         return
     real = find_dataset(spec.real, spec.real_out)
     say(f"choosing the reference panel and gates from the real crops of '{real.name}'")
-    save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes))
+    size = spec.config.sample.size
+    save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size))
 
 
 def _score_protocol(dataset: Dataset) -> dict[str, Any]:

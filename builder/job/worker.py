@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from builder.errors import BuilderError
 from builder.job.plan import Unit, batches
 from builder.job.spec import JobSpec
 from builder.phases import ClassTable
-from builder.sampling.sampler import HIGHER_PRECISION, Batch, Request, Sampler, load_sampler
+from builder.sampling.device import dtype_name
+from builder.sampling.sampler import HIGHER_PRECISION, Request, Sampler
 from builder.sampling.seeds import MAX_RESERVE, seed_of
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
@@ -30,7 +32,7 @@ class Image:
     seed: int
     reserve: int
     dtype: str
-    original_size: list[int]
+    original_size: int
     seconds: float
     pixels: Any  # uint8 [H, W, 3]
 
@@ -40,15 +42,19 @@ class Worker:
 
     def __init__(self, spec: JobSpec, device: str) -> None:
         # Imported late: scoring reads the real crops, which `regenerate` does without.
+        from builder.models.checkpoint import read_checkpoint
         from builder.quality.reference import load_reference
         from builder.quality.scorer import Scorer
+        from builder.sampling.sampler import load_sampler
         from builder.shards.dataset import find_dataset
 
         self.spec = spec
         self.dataset = Dataset(spec.name, Storage(spec.out))
-        self.sampler = load_sampler(spec.checkpoint, spec.config, device, spec.dtype)
+        self.checkpoint = read_checkpoint(Path(spec.checkpoint))
+        self.sampler = load_sampler(self.checkpoint, spec.config, device)
         real = find_dataset(spec.real, spec.real_out)
-        self.scorer = Scorer(load_reference(self.dataset), real, spec.config.score, device)
+        self.reference = load_reference(self.dataset)
+        self.scorer = Scorer(self.reference, real, spec.config.score, device)
 
     def make(self, unit: Unit, on_batch: Callable[[int], None]) -> int:
         """Make and commit one unit; `on_batch` hears of each batch's new images. Returns how many were replaced."""
@@ -61,7 +67,7 @@ class Worker:
             samples += [self._sample(image, score) for image, score in zip(kept, scores, strict=True)]
             replaced += sum(image.reserve > 0 for image in kept)
             on_batch(len(kept))
-        place = {"start": str(unit.start), "stop": str(unit.stop), "scores": self.scorer.version}
+        place = {"start": str(unit.start), "stop": str(unit.stop), "scores": self.reference.version}
         write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place)
         return replaced
 
@@ -75,7 +81,7 @@ class Worker:
             "index": image.index,
             "position": image.position,
             "reserve": image.reserve,
-            "checkpoint": self.sampler.checkpoint_name,
+            "checkpoint": self.checkpoint.name,
             "checkpoint_sha256": spec.checkpoint_sha256,
             "prompt": classes[image.code].prompt,
             "negative_prompt": sample.negative_prompt,
@@ -84,9 +90,9 @@ class Worker:
             "scheduler": sample.scheduler,
             "batch_size": sample.batch_size,
             "dtype": image.dtype,
-            "device": self.sampler.device_name,
+            "device": self.sampler.device_model,
             "seconds": image.seconds,
-            "original_size": image.original_size,
+            "original_size": [image.original_size] * 2,
             **scores,
         }
         return Sample(row, encode_png(image.pixels))
@@ -99,46 +105,40 @@ def make_batch(spec: JobSpec, sampler: Sampler, start: int, stop: int) -> list[I
     the same whole batch (all of it on the same reserve) and keeps only what is needed, so that position, reserve and
     dtype are enough to replay any image.
     """
-    places = spec.plan.at(start, stop)
     images: dict[int, Image] = {}
     for reserve in range(MAX_RESERVE + 1):
-        for dtype in (spec.dtype, HIGHER_PRECISION.get(spec.dtype)):
-            if dtype is None:
-                continue
-            for image, bad in replay_batch(spec, sampler, start, stop, reserve, dtype):
+        for precise in (False, True):
+            for image, bad in replay_batch(spec, sampler, start, stop, reserve, precise):
                 if image.position in images:
                     continue
                 if bad:
-                    log.warning("bad image: %s-%08d, reserve %d, %s", image.code, image.index, reserve, dtype)
+                    log.warning("bad image: %s-%08d, reserve %d, %s", image.code, image.index, reserve, image.dtype)
                 else:
                     images[image.position] = image
-            if len(images) == len(places):
+            if len(images) == stop - start:
                 return [images[position] for position in range(start, stop)]
-    missing = next(f"{code}-{index:08d}" for p, (code, index) in enumerate(places, start) if p not in images)
+    missing = min(set(range(start, stop)) - set(images))
+    code, index = spec.plan.at(missing, missing + 1)[0]
     raise BuilderError(
-        f"image {missing} came out black or not finite with its seed and all {MAX_RESERVE} reserves",
-        f"the checkpoint {spec.checkpoint} or its dtype ({spec.dtype}) is broken: try --set sample.dtype=float32",
+        f"image {code}-{index:08d} came out black or not finite with its seed and all {MAX_RESERVE} reserves",
+        f"the checkpoint {spec.checkpoint} is broken, or its size or dtype ({spec.dtype}) does not suit it",
     )
 
 
 def replay_batch(
-    spec: JobSpec, sampler: Sampler, start: int, stop: int, reserve: int, dtype: str
+    spec: JobSpec, sampler: Sampler, start: int, stop: int, reserve: int, precise: bool
 ) -> list[tuple[Image, bool]]:
-    """Run one batch of the plan on one reserve in one dtype: each image, and whether it is bad."""
+    """Run one batch of the plan on one reserve, in the job's dtype or the next higher: each image, and if it is bad."""
     places = spec.plan.at(start, stop)
-    classes = spec.config.classes
-    requests = [
-        Request(code, classes.label(code), seed_of(spec.config.seed, classes.label(code), index, reserve))
-        for code, index in places
+    labels = [spec.config.classes.label(code) for code, _ in places]
+    seeds = [
+        seed_of(spec.config.seed, label, index, reserve) for (_, index), label in zip(places, labels, strict=True)
     ]
-    batch: Batch = sampler.generate(requests, dtype=dtype)
+    requests = [Request(code, label, seed) for (code, _), label, seed in zip(places, labels, seeds, strict=True)]
+    batch = sampler.generate(requests, precise)
+    dtype = dtype_name(HIGHER_PRECISION[sampler.dtype] if precise else sampler.dtype)
+    seconds = batch.seconds / len(places)
     return [
-        (
-            Image(
-                code, index, start + i, requests[i].seed, reserve, dtype,
-                list(batch.original_sizes[i]), batch.seconds / len(places), batch.pixels[i],
-            ),
-            bool(batch.bad[i]),
-        )
-        for i, (code, index) in enumerate(places)
-    ]  # fmt: skip
+        (Image(code, index, start + i, seeds[i], reserve, dtype, batch.original_sizes[i], seconds, batch.pixels[i]), bad)
+        for i, ((code, index), bad) in enumerate(zip(places, batch.bad, strict=True))
+    ]

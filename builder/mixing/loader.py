@@ -31,15 +31,16 @@ class MixedLoader:
 
     real, synthetic: a dataset's name under `out`, a path to it, or a Dataset; synthetic may be a list of them,
         shared out by `weights` (default: by their sizes). Filtered views are datasets like any other.
-    ratio: synthetic share of a batch, 0-1 (default: 0.25 with synthetic data, else 0; at 0 none is opened). If ratio x batch_size is whole,
-        every batch of every rank has exactly that many; else counts are rounded so that they add up.
+    ratio: synthetic share of a batch, 0-1 (default: 0.25 with synthetic data, else 0; at 0 none is opened). If
+        ratio x batch_size is whole, every batch of every rank has exactly that many; else counts are rounded so that
+        they add up.
     size: side of the square images in px; None when all stored images have one size.
     split: "train" mixes; "val" and "test" give the real samples of the split alone, in order, each once over all ranks.
     classes: share of the classes within each source: "natural" (as it has them), "match_real" (as the real data has
         them), "balance" (equal).
     epoch: "real": one pass over the real data (at ratio 1: over the first synthetic dataset); or a number of
-        samples, real and synthetic on all ranks. All ranks make the same number of steps; the last one is filled up with repeats.
-        A source that runs out starts again in another order.
+        samples, real and synthetic on all ranks. All ranks make the same number of steps; the last one is filled up
+        with repeats. A source that runs out starts again in another order.
     transform: called with each image, uint8 [3, H, W]; torch's random numbers in it depend on seed, epoch and place.
     workers: processes that read ahead; batches are the same whatever their number.
     rank, world: of this process; default: from torch.distributed, else a single one.
@@ -162,7 +163,9 @@ class MixedLoader:
         self._requests.waiting = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
         for step, batch in enumerate(self._loader, first):
             if isinstance(batch, BuilderError):
-                raise batch
+                raise BuilderError(
+                    batch.what, batch.remedy
+                )  # not `batch`: that would tie frame and loader into a cycle
             self._step = step + 1
             yield batch
         self.set_epoch(self.epoch + 1)

@@ -10,13 +10,10 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.errors import BuilderError
 from builder.phases import ClassTable
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 FOLDER = Path("checkpoints")
@@ -114,10 +111,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ) from None
 
 
-def save_checkpoint(pipeline: DiffusionPipeline, checkpoint: Checkpoint) -> Checkpoint:
-    """Write the folder `checkpoint.path`: weights as float16 safetensors and checkpoint.json. It appears whole or not.
+def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """Write a diffusers pipeline to the folder `checkpoint.path`: float16 safetensors and checkpoint.json.
 
-    The pipeline itself keeps its dtype. A folder that is there already is replaced.
+    The folder appears whole or not at all; one that is there already is replaced. The pipeline keeps its dtype.
     """
     import copy
 
@@ -148,6 +145,6 @@ def save_checkpoint(pipeline: DiffusionPipeline, checkpoint: Checkpoint) -> Chec
     return checkpoint
 
 
-def _options(pipeline: DiffusionPipeline) -> dict[str, Any]:
+def _options(pipeline: Any) -> dict[str, Any]:
     """Constructor options of the pipeline that are not components, as its model_index.json keeps them."""
     return {key: value for key, value in pipeline.config.items() if key == "force_zeros_for_empty_prompt"}

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from builder.errors import BuilderError
 from builder.models.checkpoint import Checkpoint
+from builder.models.sdxl import Pipeline
 
 NAMED_KEYS = 5  # of a mismatch, in the error
 WEIGHTS: dict[str, tuple[Any, str]] = {
@@ -27,7 +28,7 @@ WEIGHTS: dict[str, tuple[Any, str]] = {
 
 def load_pipeline(
     checkpoint: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusionXLPipeline:
+) -> Pipeline:
     """The pipeline of a checkpoint folder on `device`, in evaluation mode; nothing is downloaded or unpickled.
 
     The networks are in `dtype`; the autoencoder stays in float32 when `dtype` is float16, in which SDXL's gives NaN.

@@ -25,6 +25,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from builder.errors import BuilderError, did_you_mean
 
+# A StableDiffusionXLPipeline; diffusers imports lazily, so type checkers do not see what it has.
+Pipeline = Any
+
 TOKENIZER = Path(__file__).parent / "tokenizer"
 MAX_TOKENS = 77
 TIME_IDS = 6  # original height and width, crop top and left, target height and width
@@ -38,7 +41,7 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def build(architecture: dict[str, Any], size: int, seed: int) -> StableDiffusionXLPipeline:
+def build(architecture: dict[str, Any], size: int, seed: int) -> Pipeline:
     """A pipeline with random weights, the same for the same seed, for images of `size` px; float32 on the CPU.
 
     Raises BuilderError for a key that the architecture doesn't know or values that don't fit together.
@@ -53,7 +56,7 @@ def build(architecture: dict[str, Any], size: int, seed: int) -> StableDiffusion
         return _build(parts, size)
 
 
-def _build(parts: dict[str, Any], size: int) -> StableDiffusionXLPipeline:
+def _build(parts: dict[str, Any], size: int) -> Pipeline:
     tokenizers = [clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")]  # SDXL's second tokenizer pads with "!"
     text = _text_config(parts["text_encoder"], tokenizers[0])
     text_encoder = _spread(CLIPTextModel(CLIPTextConfig(**text)))

@@ -118,9 +118,7 @@ def build_reference(
             "blurred": [blurred(crop) for crop in crops[:SPOILT_CROPS]],
             "flat": [flat(crop) for crop in crops[:SPOILT_CROPS]],
         }
-        reference.yardstick[code] = {
-            kind: scorer.score(images, [code] * len(images)) for kind, images in known.items()
-        }
+        reference.yardstick[code] = {kind: scorer.score(images, [code] * len(images)) for kind, images in known.items()}
     return reference
 
 
@@ -154,9 +152,7 @@ def yardstick_table(reference: Reference) -> dict[str, pa.Table]:
     """The yardsticks as tables that a filter can judge: kind in words -> columns `phase` and the scores."""
     tables = {}
     for kind, words in KINDS.items():
-        rows = [
-            {"phase": code, **row} for code, kinds in reference.yardstick.items() for row in kinds.get(kind, [])
-        ]
+        rows = [{"phase": code, **row} for code, kinds in reference.yardstick.items() for row in kinds.get(kind, [])]
         fields = [pa.field("phase", pa.string()), *(pa.field(name, pa.float32()) for name in SCORE_NAMES)]
         tables[words] = pa.Table.from_pylist(rows, schema=pa.schema(fields))
     return tables

@@ -81,7 +81,8 @@ class Scorer:
 def require_protocol(reference: Reference, config: ScoreConfig) -> None:
     """Refuse to score by a protocol other than the reference's: the numbers could not be compared."""
     asked = {"ssim_size": config.ssim_size, "ssim_stride": config.ssim_stride, "panel_seed": config.panel_seed}
-    differs = [f"{key} {getattr(reference, key)} -> {value}" for key, value in asked.items() if getattr(reference, key) != value]
+    had = {key: getattr(reference, key) for key in asked}
+    differs = [f"{key} {had[key]} -> {asked[key]}" for key in asked if had[key] != asked[key]]
     if differs:
         raise BuilderError(
             f"the dataset was scored by another protocol: {', '.join(differs)}",

@@ -8,7 +8,7 @@ enlarged by a multiple of s show every window the same phase of their pixels (me
 deviates by 0.004 at most from the full grid, stride 8 by 0.016).
 
 The one resize rule, for the panel and the scored images alike: antialiased bicubic (a = -0.5, PIL's kernel) in
-float32, clamped to [0, 1], not rounded to 8 bits. An image that is not square is brought to `size` x `size` all the same.
+float32, clamped to [0, 1], not rounded to 8 bits. An image that is not square is squashed to `size` x `size`.
 
 Why it is fast: with mu_y the window's mean of a panel image y and g the window's weights, the covariance is
 sum_u g_u (x_u - mu_x)(y_u - mu_y) = sum_u [g_u (y_u - mu_y)] x_u, because the bracket sums to nothing. The brackets of
@@ -52,9 +52,11 @@ class PanelSSIM:
         stride: int = 7,
         device: str | torch.device = "cpu",
     ) -> None:
-        """`panels`: code -> images, uint8 RGB [H, W, 3] of any sizes, at least one a code. `size` and `stride` in px."""
+        """`panels`: code -> images, uint8 RGB [H, W, 3] of any sizes, one or more. `size` and `stride` in px."""
         if size < WINDOW or stride < 1:
-            raise BuilderError(f"SSIM at {size} px with stride {stride} is not possible", f"size >= {WINDOW}, stride >= 1")
+            raise BuilderError(
+                f"SSIM at {size} px with stride {stride} is not possible", f"size >= {WINDOW}, stride >= 1"
+            )
         self.size, self.stride, self.device = size, stride, torch.device(device)
         taps = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
         taps = torch.exp(-(taps**2) / (2 * SIGMA**2))
@@ -70,7 +72,9 @@ class PanelSSIM:
         best, mean = np.empty(len(images)), np.empty(len(images))
         for code in sorted(set(codes)):
             if code not in self._panels:
-                raise BuilderError(f"there is no panel for phase '{code}'", "score against a real dataset that has this phase")
+                raise BuilderError(
+                    f"there is no panel for phase '{code}'", "score against a real dataset that has this phase"
+                )
             places = [place for place, own in enumerate(codes) if own == code]
             for start in range(0, len(places), BATCH):
                 part = places[start : start + BATCH]
@@ -103,22 +107,26 @@ class _Panel:
         self._protocol = protocol
         ready = [bring_to(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], protocol.size) for image in images]
         self._images = _centred(torch.cat(ready).to(protocol.device))
+        self._length = len(images)
         bytes_all = 4 * 3 * protocol.positions**2 * len(images) * WINDOW**2
         self._kept = list(self._rows()) if bytes_all <= TABLE_BYTES else None
         if self._kept is not None:
             del self._images  # the tables hold all that is needed of them
 
+    def __len__(self) -> int:
+        return self._length
+
     def similarity(self, images: torch.Tensor) -> np.ndarray:
         """SSIM of images [N, 3, size, size] in [0, 1] with each of the panel's: float64 [N, K]."""
         centred = _centred(images)
-        total: torch.Tensor | float = 0.0
+        total = torch.zeros(len(self), len(images), dtype=torch.float64, device=images.device)
         for row, (table, mean_y, variance_y) in enumerate(self._kept or self._rows()):
             windows = self._protocol.windows(centred, row)
             mean_x, variance_x = self._protocol.moments(windows)
             mean_x = mean_x + 0.5
             luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
             structure = (2 * torch.bmm(table, windows) + C2) / (variance_x + variance_y + C2)
-            total = total + luminance.mul_(structure).sum(0, dtype=torch.float64)  # [K, N]
+            total += luminance.mul_(structure).sum(0, dtype=torch.float64)
         return (total / (3 * self._protocol.positions**2)).T.cpu().numpy()
 
     def _rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

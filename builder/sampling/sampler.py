@@ -25,8 +25,6 @@ from builder.sampling.prompts import PromptEmbedding, encode_prompts
 from builder.sampling.schedulers import make_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
-
     from builder.models.checkpoint import Checkpoint
 
 BLACK_LEVEL = 4.0  # an image with a mean below it, of 255, is black
@@ -78,9 +76,9 @@ class _Condition:
 class Sampler:
     """Draws images of given seeds from a pipeline.
 
-    prompts: prompt by phase code. original_sizes: sides (px) of the training crops by phase code, e.g. quantiles; an
-    image is conditioned on entry `seed % len` of its phase's, or on its own size where there are none.
-    device: a torch device. dtype: of the denoiser; None resolves `config.dtype`.
+    pipeline: a StableDiffusionXLPipeline. prompts: prompt by phase code. original_sizes: sides (px) of the training
+    crops by phase code, e.g. quantiles; an image is conditioned on entry `seed % len` of its phase's, or on its own
+    size where there are none. device: a torch device. dtype: of the denoiser; None resolves `config.dtype`.
 
     The pipeline's UNet and VAE are moved to the device, and into evaluation mode, in place; its text encoders are used
     where they are, and no longer once this returns. BuilderError for an unknown scheduler or dtype, and for a size,
@@ -89,7 +87,7 @@ class Sampler:
 
     def __init__(
         self,
-        pipeline: StableDiffusionXLPipeline,
+        pipeline: Any,
         config: SampleConfig,
         prompts: dict[str, str],
         original_sizes: dict[str, list[int]],

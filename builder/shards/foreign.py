@@ -62,10 +62,19 @@ def adopt(
         if dataset.info.get("adopted_from") == source:
             return dataset
         raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
-    for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
-        storage.remove(folder)  # what an interrupted run left
+    _clear(dataset)  # what a killed run left
     info = _info(dataset.name, source, classes, origin)
-    dataset.write_info(info)
+    try:
+        dataset.write_info(info)
+        count = _pack(source, dataset, classes, origin)
+        dataset.write_info({**info, "state": "complete", "count": count})
+    except Exception:
+        _clear(dataset)
+        raise
+    return dataset
+
+
+def _pack(source: str, dataset: Dataset, classes: ClassTable, origin: str) -> int:
     counts: Counter[str] = Counter()
     pending: list[Sample] = []
     shards = 0
@@ -75,14 +84,19 @@ def adopt(
         row = {**image_row(key, phase, classes.label(phase), origin, pixels), "source": original}
         pending.append(Sample(row, encode_png(pixels)))
         if len(pending) == IMAGES_PER_SHARD:
-            write_shard(storage, dataset.name, shards, pending)
+            write_shard(dataset.storage, dataset.name, shards, pending)
             pending, shards = [], shards + 1
     if pending:
-        write_shard(storage, dataset.name, shards, pending)
+        write_shard(dataset.storage, dataset.name, shards, pending)
     if not counts:
-        raise BuilderError(f"{source} holds no images", f"expected {', '.join(IMAGES)} in tars or in folders {', '.join(classes.codes)}")
-    dataset.write_info({**info, "state": "complete", "count": counts.total()})
-    return dataset
+        expected = f"expected {', '.join(IMAGES)} in tars or in folders {', '.join(classes.codes)}"
+        raise BuilderError(f"{source} holds no images", expected)
+    return counts.total()
+
+
+def _clear(dataset: Dataset) -> None:
+    for folder in (f"manifests/{dataset.name}", f"shards/{dataset.name}"):
+        dataset.storage.remove(folder)
 
 
 def _name(source: str) -> str:
@@ -139,8 +153,9 @@ def _tar(data: bytes, name: str, classes: ClassTable) -> Iterator[Found]:
     for member in sorted(members):
         stem, suffix = _split(member)
         if suffix.lower() in IMAGES:
-            code = _code({s: members[stem + s] for s in (".cls", ".json", ".txt") if stem + s in members}, classes, f"{member} in {name}")
-            yield code, member, _decode(members[member], f"{member} in {name}")
+            said = {end: members[stem + end] for end in (".cls", ".json", ".txt") if stem + end in members}
+            where = f"{member} in {name}"
+            yield _code(said, classes, where), member, _decode(members[member], where)
 
 
 def _split(member: str) -> tuple[str, str]:
@@ -162,13 +177,16 @@ def _code(said: dict[str, bytes], classes: ClassTable, where: str) -> str:
         elif ".txt" in said:
             value = said[".txt"].decode().strip()
     except (ValueError, AttributeError) as error:
-        raise BuilderError(f"the class of {where} cannot be read: {error}", "mend its .cls, .json or .txt member") from None
+        raise BuilderError(
+            f"the class of {where} cannot be read: {error}", "mend its .cls, .json or .txt member"
+        ) from None
     text = str(value)
     if value is not None and text in classes.codes:
         return text
     if text.isdecimal() and int(text) < len(classes):
         return classes.codes[int(text)]
-    problem = f"has the class {text!r}, which is none of {', '.join(classes.codes)}" if value is not None else "has no class"
+    known = ", ".join(classes.codes)
+    problem = "has no class" if value is None else f"has the class {text!r}, which is none of {known}"
     raise BuilderError(f"{where} {problem}", f"give it a .cls member with a label from 0 to {len(classes) - 1}")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from torch.nn import functional
 
 from builder.config import TrainConfig
+from builder.models.sdxl import Pipeline
 from builder.training.data import CropSampler, TrainingCrops, step_generator
 from builder.training.vae import encode
 
@@ -17,9 +17,7 @@ from builder.training.vae import encode
 class Latents:
     """Crops and their mirror images, encoded once: posterior mean and deviation [2N, C, s, s], unscaled."""
 
-    def __init__(
-        self, pipeline: StableDiffusionXLPipeline, crops: TrainingCrops, *, flips: bool, device: torch.device
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, crops: TrainingCrops, *, flips: bool, device: torch.device) -> None:
         vae = pipeline.vae.to(device).eval()
         parts = [encode(vae, crops.pixels, device)]
         if flips:
@@ -37,9 +35,7 @@ class Prompts:
     'unconditional', and guidance at sampling pushes away from what it really stands for.
     """
 
-    def __init__(
-        self, pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], negative: str, device: torch.device
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, prompts: Sequence[str], negative: str, device: torch.device) -> None:
         with torch.no_grad():
             hidden, _, pooled, _ = pipeline.encode_prompt(
                 [*prompts, negative], device=device, do_classifier_free_guidance=False
@@ -59,7 +55,7 @@ class DiffusionObjective:
     """Noise (or velocity, Salimans & Ho 2022) is predicted at a random time; min-SNR weights (Hang 2023) if asked."""
 
     def __init__(
-        self, pipeline: StableDiffusionXLPipeline, crops: TrainingCrops, latents: Latents, prompts: Prompts,
+        self, pipeline: Pipeline, crops: TrainingCrops, latents: Latents, prompts: Prompts,
         config: TrainConfig, *, seed: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.network = pipeline.unet.to(device).train().requires_grad_(True)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
 from builder.config import Config
+from builder.models.sdxl import Pipeline
 from builder.training.data import step_generator
 from builder.training.diffusion import Prompts
 from builder.training.vae import encode
@@ -32,9 +33,7 @@ def write_grid(rows: list[Tensor], file: Path, least: int = 96) -> None:
 
 
 @torch.no_grad()
-def write_reconstructions(
-    pipeline: StableDiffusionXLPipeline, pixels: Tensor, file: Path, device: torch.device
-) -> None:
+def write_reconstructions(pipeline: Pipeline, pixels: Tensor, file: Path, device: torch.device) -> None:
     """Crops (uint8 [B, 3, S, S]) above what the autoencoder makes of them."""
     mean, _ = encode(pipeline.vae, pixels, device)
     write_grid([pixels, to_pixels(pipeline.vae.decode(mean.to(device)).sample)], file)
@@ -42,7 +41,7 @@ def write_reconstructions(
 
 @torch.no_grad()
 def write_samples(
-    pipeline: StableDiffusionXLPipeline, prompts: Prompts, sizes: dict[str, list[int]], config: Config,
+    pipeline: Pipeline, prompts: Prompts, sizes: dict[str, list[int]], config: Config,
     file: Path, device: torch.device, per_class: int = 8,
 ) -> None:  # fmt: skip
     """A row of samples per class, always from the same noise, with the config's steps and guidance."""

@@ -15,7 +15,7 @@ from builder.config import Config, fingerprint
 from builder.errors import BuilderError
 from builder.models.checkpoint import Checkpoint, Lineage, resolve, save_checkpoint
 from builder.models.load import load_pipeline
-from builder.models.sdxl import build
+from builder.models.sdxl import Pipeline, build
 from builder.shards.dataset import Dataset
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
 from builder.training.diffusion import DiffusionObjective, Latents, Prompts
@@ -56,7 +56,7 @@ def train(
     return _train_unet(pipeline, config, dataset, crops, base, out, where, identity)
 
 
-def _start(config: Config) -> tuple[StableDiffusionXLPipeline, Checkpoint | None]:
+def _start(config: Config) -> tuple[Pipeline, Checkpoint | None]:
     if config.model.family != "sdxl":
         raise BuilderError(f"unknown model family '{config.model.family}'", "the families are: sdxl")
     if config.model.base:
@@ -83,7 +83,7 @@ def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
 
 
 def _train_vae(
-    pipeline: StableDiffusionXLPipeline, config: Config, crops: TrainingCrops, out: Path, device: torch.device,
+    pipeline: Pipeline, config: Config, crops: TrainingCrops, out: Path, device: torch.device,
     identity: dict[str, Any],
 ) -> None:  # fmt: skip
     settings = config.train.vae
@@ -104,7 +104,7 @@ def _train_vae(
 
 
 def _train_unet(
-    pipeline: StableDiffusionXLPipeline, config: Config, dataset: Dataset, crops: TrainingCrops,
+    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops,
     base: Checkpoint | None, out: Path, device: torch.device, identity: dict[str, Any],
 ) -> Path:  # fmt: skip
     settings = config.train

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,11 +24,11 @@ def gradient_difference(image: Tensor, target: Tensor) -> Tensor:
 
 
 class AutoencoderObjective:
-    """L1 + gradient-difference L1 + kl_weight * KL per latent number, on crops and their mirror images."""
+    """For an AutoencoderKL: L1 + gradient-difference L1 + kl_weight * KL per latent number; mirrors half the crops."""
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: Any,
         crops: TrainingCrops,
         config: VaeTrainConfig,
         *,
@@ -56,7 +57,7 @@ class AutoencoderObjective:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, device: torch.device, batch: int = 64) -> tuple[Tensor, Tensor]:
+def encode(vae: Any, pixels: Tensor, device: torch.device, batch: int = 64) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of uint8 [N, 3, S, S]: two float32 [N, C, s, s], unscaled, on the CPU."""
     posteriors = [vae.encode(to_model(part).to(device)).latent_dist for part in pixels.split(batch)]
     return torch.cat([p.mean.cpu() for p in posteriors]), torch.cat([p.std.cpu() for p in posteriors])
