@@ -136,24 +136,48 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
     """
     import yaml
 
-    data: Any = {}
+    data: dict[str, Any] = {}
     where = "the defaults"
     if source is not None:
         path = find_config(source)
         where = str(path)
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise BuilderError(f"{path} is not valid YAML: {error}", "mend the file") from None
-        if not isinstance(data, dict):
-            raise BuilderError(f"{path} holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
-        data.setdefault("name", path.stem)
+        data = _read(path)
+        data["name"] = data.get("name", path.stem)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise BuilderError(f"--set {override} has no '='", "write --set sample.steps=12")
         _put(data, key.strip().split("."), yaml.safe_load(value), override)
     return _build(Config, data, where, "")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file; with `extends: OTHER` (a config beside it, or in configs/) on top of that one's."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BuilderError(f"{path} is not valid YAML: {error}", "mend the file") from None
+    if not isinstance(data, dict):
+        raise BuilderError(f"{path} holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    beside = path.parent / f"{base}.yaml"
+    other = beside if beside.is_file() else find_config(str(base))
+    if other.resolve() == path.resolve():
+        raise BuilderError(f"{path} extends itself", "name another config under `extends:`")
+    return _merged({**_read(other), "name": path.stem}, data)
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, key by key through all levels."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def config_from_json(data: dict[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 import warnings
 from collections import Counter
@@ -308,7 +309,8 @@ def test_tiny_sources_repeat_and_say_so(pair: Path, synthetic: str, batch_size: 
     described = loader.composition()
     assert [part["origin"] for part in described] == ["real", "synthetic"]
     assert described[0] == {
-        "name": "real", "origin": "real", "samples": 40, "drawn": 40, "passes": 1.0, "classes": {"I": 12, "P": 24, "R": 4},
+        "name": "real", "origin": "real", "samples": 40, "drawn": 40, "passes": 1.0,
+        "classes": {"I": 12, "P": 24, "R": 4},
     }  # fmt: skip
     assert described[1]["passes"] == described[1]["drawn"] / described[1]["samples"] > 4
 
@@ -381,7 +383,7 @@ def test_transforms(pair: Path) -> None:
     images, _, _ = next(iter(MixedLoader("real", out=str(pair), transform=halve, dtype="float32", batch_size=4)))
     assert images.shape == (4, 3, 6, 6)
     assert 0 < images.max() <= 1
-    with pytest.raises(BuilderError, match="the transform gives torch.float32"):
+    with pytest.raises(BuilderError, match=r"the transform gives torch\.float32"):
         next(iter(MixedLoader("real", out=str(pair), transform=halve)))
     sides = iter(range(2, 10))
     with pytest.raises(BuilderError, match="different shapes"):
@@ -436,11 +438,13 @@ def test_a_damaged_tar_names_shard_and_key(tmp_path: Path, damage: str, workers:
         tar.unlink()
     else:
         tar.write_bytes(content[: row["offset"]] + b"x" * row["size"] + content[row["offset"] + row["size"] :])
-    with pytest.raises(
-        BuilderError, match=r"real-I-0000000\d in shards/real/shard-000001.tar cannot be read"
-    ) as caught:
+    message = ""
+    try:  # not pytest.raises: it would keep the frames alive, and with them the worker
         list(MixedLoader("real", out=str(tmp_path), workers=workers))
-    assert "Traceback" not in str(caught.value)
+    except BuilderError as error:
+        message = str(error)
+    assert re.match(r"the image real-I-0000000\d in shards/real/shard-000001.tar cannot be read", message)
+    assert "Traceback" not in message
 
 
 def test_the_index_is_small(pair: Path) -> None:
@@ -484,7 +488,7 @@ def test_a_restored_loader_yields_the_rest(pair: Path, step: int, epoch: int, wo
 
 
 @given(step=st.integers(0, 4), world=st.integers(1, 4), batch_size=st.integers(1, 9))
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_another_world_loses_and_doubles_nothing(pair: Path, step: int, world: int, batch_size: int) -> None:
     before = [MixedLoader("real", "synth", ratio=0.5, batch_size=7, out=str(pair), rank=r, world=2) for r in range(2)]
     done = [key for loader in before for s in range(step) for key in loader.keys(s)]
@@ -590,10 +594,10 @@ HELD_OUT = {"p0": "train", "p1": "val", **{f"p{n}": "test" for n in range(2, 9)}
 
 
 @pytest.mark.parametrize(("lineage", "message"), [
-    ({"known": True, "key_fingerprint": KEY, "patients": ["p0", "p1"]}, r"trained on 1 patients that 'real' holds out: p1$"),
+    ({"known": True, "key_fingerprint": KEY, "patients": ["p0", "p1"]}, "1 patients that 'real' holds out: p1$"),
     ({"known": True, "key_fingerprint": KEY, "patients": list(HELD_OUT)}, r"p1, p2, p3, p4, p5 and 3 more"),
     ({"known": False, "key_fingerprint": None, "patients": []}, "the lineage of 'synth' is unknown"),
-    ({"known": True, "key_fingerprint": "0" * 16, "patients": []}, "cannot be compared: they were hashed with different keys"),
+    ({"known": True, "key_fingerprint": "0" * 16, "patients": []}, "cannot be compared: .* with different keys"),
     ({"known": True, "patients": []}, "cannot be compared"),
 ])  # fmt: skip
 def test_a_leak_is_refused_or_allowed_with_a_reason(tmp_path: Path, lineage: dict, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -25,6 +26,11 @@ def train(real: str | None, source: str | None, overrides: tuple[str, ...], targ
     dataset = ensure_phantom(out) if reference == PHANTOM else find_dataset(reference, out)
 
     from builder.training.run import train as run
+    from builder.training.stage import TrainingInterrupted
 
-    final = run(config, dataset, Path(target or f"checkpoints/{config.name}"))
+    try:
+        final = run(config, dataset, Path(target or f"checkpoints/{config.name}"))
+    except TrainingInterrupted as stop:
+        click.echo(stop, err=True)
+        sys.exit(130)
     click.echo(f"checkpoint: {final}")

@@ -125,7 +125,7 @@ def _info(request: PackRequest, key: PatientKey, inputs: dict[str, Any]) -> dict
         "config": {
             "name": request.config_name,
             "crops": vars(request.crops),
-            "images_per_shard": request.images_per_shard,
+            "shards": {"images_per_shard": request.images_per_shard},
         },
         "group_by": request.group_by,
         "inputs": inputs,

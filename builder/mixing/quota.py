@@ -2,7 +2,8 @@
 
 The chairman assignment (Tijdeman 1980, "The chairman assignment problem", Discrete Mathematics 32): with k choices of
 share s_i, the counts x_i of every prefix of length n obey |x_i - s_i n| <= 1 - 1/(2k-2), the best bound possible.
-Choosing the one furthest behind instead (greedy error diffusion) exceeds one for some weights, e.g. 1 1 1 1 3 1 1 4 4 4.
+Choosing the one furthest behind instead (greedy error diffusion) exceeds one for weights such as
+1 1 1 1 3 1 1 4 4 4.
 """
 
 from __future__ import annotations

@@ -48,24 +48,26 @@ class Stream:
         self.quota = Quota(weights)
         self.circles = [rows[keyed_shuffle(len(rows), *key, c)].astype(np.int32) for c, rows in enumerate(members)]
         self.count = sum(len(circle) for circle in self.circles)
-        self._epoch = -1
+        self._window = (-1, -1)  # epoch and draws that what is kept below belongs to
+        self._starts = self._quotas = np.zeros(len(self.circles), np.int64)
         self._shuffles: dict[tuple[int, int], np.ndarray] = {}
 
     def rows(self, epoch: int, drawn: int, indices: np.ndarray) -> np.ndarray:
         """The rows (int64 [n]) that are the `indices`-th (int64 [n]) drawn in an epoch which draws `drawn` in all."""
-        begin = epoch * drawn
-        starts = self.quota.counts(begin)
-        quotas = self.quota.counts(begin + drawn) - starts
-        classes, ranks = self.quota.at(begin + indices)
-        places = ranks - starts[classes]
+        if self._window != (epoch, drawn):
+            self._window = (epoch, drawn)
+            self._starts, self._quotas = self.quota.counts(epoch * drawn), self.classes(epoch, drawn)
+            self._shuffles.clear()
+        classes, ranks = self.quota.at(epoch * drawn + indices)
+        places = ranks - self._starts[classes]
         result = np.empty(len(indices), np.int64)
         for c in np.unique(classes):
             circle = self.circles[c]
             rounds, within = np.divmod(places[classes == c], len(circle))
             chosen = np.empty(len(rounds), np.int64)
             for turn in np.unique(rounds):
-                shuffle = self._shuffle(epoch, int(c), int(turn), int(quotas[c]))
-                chosen[rounds == turn] = circle[(starts[c] + shuffle[within[rounds == turn]]) % len(circle)]
+                shuffle = self._shuffle(epoch, int(c), int(turn))
+                chosen[rounds == turn] = circle[(self._starts[c] + shuffle[within[rounds == turn]]) % len(circle)]
             result[classes == c] = chosen
         return result
 
@@ -73,14 +75,11 @@ class Stream:
         """How many samples of each class (int64 [classes]) an epoch draws that draws `drawn` in all."""
         return self.quota.counts((epoch + 1) * drawn) - self.quota.counts(epoch * drawn)
 
-    def _shuffle(self, epoch: int, c: int, turn: int, quota: int) -> np.ndarray:
+    def _shuffle(self, epoch: int, c: int, turn: int) -> np.ndarray:
         """The order of the `turn`-th time round the circle: where the quota ends inside it, its part comes first."""
-        if epoch != self._epoch:
-            self._shuffles.clear()
-            self._epoch = epoch
         if (c, turn) not in self._shuffles:
             count = len(self.circles[c])
-            whole, part = divmod(quota, count)
+            whole, part = divmod(int(self._quotas[c]), count)
             key = (*self.key, c, epoch, turn)
             if turn == whole and part:
                 rest = part + keyed_shuffle(count - part, *key, "rest")

@@ -26,7 +26,7 @@ from builder.shards.schema import SCORE_NAMES
 SCORE_VERSION = 1  # of the code: raise it when a score's definition changes
 BLUR = 0.05  # Gaussian sigma as a share of the image's width; such an image shows no wound any more
 GATE_CROPS = 300  # training crops of a phase that its gates are made from
-REAL_CROPS, SPOILT_CROPS = 60, 30  # held-out crops of a phase behind a yardstick: as they are; blurred and flat
+REAL_CROPS, SPOILT_CROPS = 60, 24  # held-out crops of a phase behind a yardstick: as they are; blurred and flat
 
 KINDS = {
     "real": "real crops, held-out",

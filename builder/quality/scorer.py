@@ -35,14 +35,9 @@ class SsimScorer:
         self._ssim = PanelSSIM(panels, reference.ssim_size, reference.ssim_stride, device)
 
     def score(self, images: Images, codes: Sequence[str]) -> Rows:
-        rows: Rows = [{} for _ in images]
-        for shape in sorted({image.shape for image in images}):  # one batch for all images of one size
-            places = [place for place, image in enumerate(images) if image.shape == shape]
-            stack = torch.from_numpy(np.stack([images[place] for place in places])).permute(0, 3, 1, 2)
-            best, mean = self._ssim.score(stack, [codes[place] for place in places])
-            for place, best_one, mean_one in zip(places, best, mean, strict=True):
-                rows[place] = {"ssim": float(best_one), "ssim_mean": float(mean_one)}
-        return rows
+        tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        best, mean = self._ssim.score(tensors, codes)
+        return [{"ssim": float(b), "ssim_mean": float(m)} for b, m in zip(best, mean, strict=True)]
 
 
 class StatisticsScorer:

@@ -19,6 +19,7 @@ product a row of windows, and need no difference of large numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -64,9 +65,12 @@ class PanelSSIM:
         self._weights = (taps[:, None] * taps).flatten().float().to(self.device)  # [121]
         self._panels = {code: _Panel(self, images) for code, images in panels.items()}
 
-    def score(self, images: torch.Tensor, codes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The scores (best, mean), float64 [N] each, of uint8 images [N, 3, H, W] against the panels of their `codes`.
+    def score(
+        self, images: torch.Tensor | Sequence[torch.Tensor], codes: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The scores (best, mean), float64 [N] each, of images against the panels of their `codes`.
 
+        `images`: uint8 [N, 3, H, W], or N images uint8 [3, H, W] of any sizes.
         A score does not depend on the other images of the call, nor on their order (to 1e-6).
         """
         best, mean = np.empty(len(images)), np.empty(len(images))
@@ -78,9 +82,14 @@ class PanelSSIM:
             places = [place for place, own in enumerate(codes) if own == code]
             for start in range(0, len(places), BATCH):
                 part = places[start : start + BATCH]
-                each = self._panels[code].similarity(bring_to(images[part].to(self.device), self.size))
+                each = self._panels[code].similarity(self._ready([images[place] for place in part]))
                 best[part], mean[part] = each.max(1), each.mean(1)
         return best, mean
+
+    def _ready(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Images uint8 [3, H, W] of any sizes -> float32 [N, 3, size, size] in [0, 1]."""
+        runs = groupby(images, key=lambda image: image.shape)
+        return torch.cat([bring_to(torch.stack(list(run)).to(self.device), self.size) for _, run in runs])
 
     @property
     def positions(self) -> int:

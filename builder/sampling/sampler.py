@@ -246,15 +246,11 @@ def is_blank(pixels: np.ndarray) -> bool:
 
 
 def load_sampler(checkpoint: Checkpoint, config: Config, device: str = "cpu") -> Sampler:
-    """A sampler of a checkpoint, set up by `config.sample`.
-
-    Prompts are those that the checkpoint was trained with, and the config's for classes that it does not know (a
-    foreign checkpoint has none); `Sampler.prompts` tells which.
-    """
+    """A sampler of a checkpoint, set up by `config.sample`, asked with the prompts of `config.classes`."""
     from builder.models.load import load_pipeline
 
     pipeline = load_pipeline(checkpoint, "cpu", torch.float32)  # text encoders and decoder: exact, and off the GPU
-    prompts = {phase.code: phase.prompt for phase in config.classes} | checkpoint.prompts
+    prompts = {phase.code: phase.prompt for phase in config.classes}
     return Sampler(pipeline, config.sample, prompts, checkpoint.original_sizes, device)
 
 

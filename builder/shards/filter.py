@@ -19,6 +19,7 @@ from builder.shards.dataset import Dataset
 from builder.shards.schema import IDENTITY, SCORE_NAMES
 from builder.shards.writer import Sample, manifest_path, shard_name, write_manifest, write_shard
 
+IMAGES_PER_SHARD = 200  # of a foreign dataset, whose dataset.json names no such number
 PLACE = ("shard", "offset", "size")
 
 
@@ -137,7 +138,7 @@ def _write_view(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
 
 def _write_repacked(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
     tally = Tally()
-    per_shard = dataset.info.get("config", {}).get("shards", {}).get("images_per_shard", 200)
+    per_shard = dataset.info.get("config", {}).get("shards", {}).get("images_per_shard", IMAGES_PER_SHARD)
     pending: list[Sample] = []
     shards = 0
     for sample in _accepted(dataset, criteria, target, tally):

@@ -24,7 +24,7 @@ from builder.training.stage import Stage, States, run_stage
 from builder.training.vae import AutoencoderObjective, encode, scaling_factor
 
 SHOWN = 12  # crops in the picture of reconstructions
-FREE_KEYS = ("steps", "checkpoint_every", "keep_checkpoints", "threads", "vae")  # of train: may change between runs
+FREE_KEYS = ("steps", "checkpoint_every", "keep_checkpoints", "threads", "vae")  # of train: no state depends on them
 
 
 def train(
@@ -49,11 +49,9 @@ def train(
 
     crops = load_crops(dataset, config.train.size)
     pipeline, base = _start(config)
-    identity = _identity(config, dataset)
     if not config.model.base:
-        _train_vae(pipeline, config, crops, out, where, identity)
-        identity["vae"] = dataclasses.asdict(config.train.vae)
-    return _train_unet(pipeline, config, dataset, crops, base, out, where, identity)
+        _train_vae(pipeline, config, dataset, crops, out, where)
+    return _train_unet(pipeline, config, dataset, crops, base, out, where)
 
 
 def _start(config: Config) -> tuple[Pipeline, Checkpoint | None]:
@@ -69,31 +67,40 @@ def _start(config: Config) -> tuple[Pipeline, Checkpoint | None]:
     return build(config.model.architecture, config.train.size, config.seed), None
 
 
-def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What a resume state must agree with."""
+def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a resume state of the autoencoder must agree with; its number of steps may still grow."""
     plain = config.to_json()
     return {
-        "classes": plain["classes"],
         "seed": config.seed,
         "model": plain["model"],
-        "negative_prompt": config.sample.negative_prompt,
-        "train": {key: value for key, value in plain["train"].items() if key not in FREE_KEYS},
+        "size": config.train.size,
         "data": [dataset.info.get("fingerprint"), dataset.info.get("count")],
+        "vae": {key: value for key, value in plain["train"]["vae"].items() if key != "steps"},
+    }
+
+
+def _unet_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a resume state of the denoiser must agree with: its latents are those of one finished autoencoder."""
+    plain = config.to_json()
+    return {
+        **_vae_identity(config, dataset),
+        "vae": plain["train"]["vae"],
+        "train": {key: value for key, value in plain["train"].items() if key not in FREE_KEYS},
+        "classes": plain["classes"],
+        "negative_prompt": config.sample.negative_prompt,
     }
 
 
 def _train_vae(
-    pipeline: Pipeline, config: Config, crops: TrainingCrops, out: Path, device: torch.device,
-    identity: dict[str, Any],
-) -> None:  # fmt: skip
+    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops, out: Path, device: torch.device
+) -> None:
     settings = config.train.vae
     objective = AutoencoderObjective(pipeline.vae, crops, settings, seed=config.seed, device=device)
     stage = Stage(
         "vae", objective, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps, weight_decay=0.0, grad_norm=1.0, ema_decay=settings.ema_decay,
     )  # fmt: skip
-    own = {key: value for key, value in dataclasses.asdict(settings).items() if key != "steps"}
-    states = States(out / "state", fingerprint({**identity, "vae": own}))
+    states = States(out / "state", fingerprint(_vae_identity(config, dataset)))
     states.restore(stage, device)
     run_stage(stage, states, out / "log.jsonl", every=config.train.checkpoint_every)
     pipeline.vae.load_state_dict(stage.ema.model.state_dict())
@@ -105,7 +112,7 @@ def _train_vae(
 
 def _train_unet(
     pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops,
-    base: Checkpoint | None, out: Path, device: torch.device, identity: dict[str, Any],
+    base: Checkpoint | None, out: Path, device: torch.device,
 ) -> Path:  # fmt: skip
     settings = config.train
     codes = config.classes.codes
@@ -119,7 +126,7 @@ def _train_unet(
         warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay, grad_norm=settings.grad_norm,
         ema_decay=settings.ema_decay,
     )  # fmt: skip
-    states = States(out / "state", fingerprint(identity))
+    states = States(out / "state", fingerprint(_unet_identity(config, dataset)))
     states.restore(stage, device)
     averaged = StableDiffusionXLPipeline(
         **{**pipeline.components, "unet": stage.ema.model}, force_zeros_for_empty_prompt=True, add_watermarker=False
