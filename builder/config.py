@@ -207,7 +207,9 @@ def _put(data: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     for key in parents:
         data = data.setdefault(key, {})
         if not isinstance(data, dict):
-            raise BuilderError(f"--set {override}: '{key}' has no keys below it", "see the config reference in the README")
+            raise BuilderError(
+                f"--set {override}: '{key}' has no keys below it", "see the config reference in the README"
+            )
     data[last] = value
 
 
@@ -263,7 +265,9 @@ def _classes(items: Any, where: str) -> ClassTable:
     for item in items:
         for key in item:
             if key not in ("code", "name", "prompt"):
-                raise BuilderError(f"{where}: unknown key 'classes.{key}'", did_you_mean(str(key), ("code", "name", "prompt")))
+                raise BuilderError(
+                    f"{where}: unknown key 'classes.{key}'", did_you_mean(str(key), ("code", "name", "prompt"))
+                )
         for key in ("code", "name", "prompt"):
             if not isinstance(item.get(key), str):
                 raise BuilderError(f"{where}: a class has no '{key}' (text) in {item!r}", "give code, name and prompt")

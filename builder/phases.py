@@ -35,7 +35,9 @@ class ClassTable:
             raise BuilderError(f"{len(self.phases)} classes are declared", f"at most {MAX_PHASES} are possible")
         for code in self.codes:
             if not re.fullmatch(r"[A-Za-z0-9_]+", code):
-                raise BuilderError(f"class code '{code}' is not of [A-Za-z0-9_]", "rename it: it becomes part of file names")
+                raise BuilderError(
+                    f"class code '{code}' is not of [A-Za-z0-9_]", "rename it: it becomes part of file names"
+                )
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -75,9 +77,10 @@ class ClassTable:
             wanted = [selection] if selection in self._label else list(selection)
         unknown = [code for code in wanted if code not in self._label]
         if unknown:
+            there = ", ".join(f"{phase.code} ({phase.name})" for phase in self)
             raise BuilderError(
                 f"unknown phase {', '.join(repr(code) for code in unknown)} in '{selection}'",
-                f"the phases are {', '.join(f'{p.code} ({p.name})' for p in self)}; write {''.join(self.codes)} or {','.join(self.codes)}",
+                f"the phases are {there}; write them as {','.join(self.codes)}",
             )
         return [code for code in self.codes if code in wanted]
 

@@ -51,13 +51,14 @@ def write_real(root: Path, name: str = "clinic", per_phase: int = 12, size: int 
         {
             "name": name, "state": "complete", "origin": "real", "created": "2026-01-01T00:00:00+00:00",
             "classes": HEALING_PHASES.to_json(), "count": len(samples), "config": {}, "parent": None,
-            "lineage": {"known": True, "key_fingerprint": "test", "patients": []}, "licence": {"base": None, "data": "CC0"},
+            "lineage": {"known": True, "key_fingerprint": "test", "patients": []},
+            "licence": {"base": None, "data": "CC0"},
         }
     )  # fmt: skip
     return dataset
 
 
-@pytest.fixture()
+@pytest.fixture
 def clinic(tmp_path: Path) -> Dataset:
     return write_real(tmp_path)
 

@@ -72,7 +72,7 @@ def changed(request: PackRequest, **changes) -> PackRequest:
     return PackRequest(**{**vars(request), **changes})
 
 
-# -- geometry ---------------------------------------------------------------------------------------------------------
+# -- geometry --------------------------------------------------------------------------------
 
 sides = st.integers(1, 500)
 
@@ -173,7 +173,7 @@ def test_photographs_are_found_by_path_name_or_stem(tmp_path):
         photographs.find("1.jpg", "line 7")
 
 
-# -- boxes ------------------------------------------------------------------------------------------------------------
+# -- boxes --------------------------------------------------------------------------------
 
 
 def test_minimal_csv_in_any_case_with_semicolons(tmp_path):
@@ -243,7 +243,7 @@ def test_masks_give_a_box_for_each_component_and_drop_specks(tmp_path):
     assert source.boxes[0].extent == (60, 40)
 
 
-# -- labels -----------------------------------------------------------------------------------------------------------
+# -- labels --------------------------------------------------------------------------------
 
 
 def test_labels_are_codes_or_names_in_any_case(tmp_path):
@@ -290,7 +290,7 @@ def test_bad_label_names_file_and_line(tmp_path):
         read_labels(write(path, "file,foo\n"), Photographs(tmp_path / "p"), Codes(HEALING_PHASES))
 
 
-# -- patients ---------------------------------------------------------------------------------------------------------
+# -- patients --------------------------------------------------------------------------------
 
 
 def test_hashes_are_hmac_sha256_under_the_key():
@@ -331,7 +331,7 @@ def test_stand_ins_for_unknown_patients():
         photograph_group("a/1.png", "(")
 
 
-# -- split ------------------------------------------------------------------------------------------------------------
+# -- split --------------------------------------------------------------------------------
 
 SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 cohorts = st.dictionaries(
@@ -380,7 +380,7 @@ def test_split_by_another_seed_differs_and_shares_must_sum_to_one():
         split_patients(crops, {"train": 0.9, "val": 0.9, "test": 0.0})
 
 
-# -- pack -------------------------------------------------------------------------------------------------------------
+# -- pack --------------------------------------------------------------------------------
 
 
 def test_pack_makes_every_box_a_crop_with_its_row(hospital, tmp_path):

@@ -43,7 +43,7 @@ def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture()
+@pytest.fixture
 def spec(tmp_path: Path, real_root: Path, tiny_checkpoint: Path) -> JobSpec:
     return spec_of(tmp_path / "out", real_root, tiny_checkpoint)
 
@@ -64,7 +64,9 @@ def run(spec: JobSpec, count: int, engine: str = "inline", workers: int = 1) -> 
 
 
 def tars(out: str | Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(out).glob("shards/*/*.tar"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(out).glob("shards/*/*.tar"))
+    }
 
 
 def pixels(dataset: Dataset) -> dict[str, str]:
@@ -120,7 +122,9 @@ def test_a_finished_run_again_does_nothing(spec: JobSpec) -> None:
     assert run(spec, 8).made == 0
     assert run(spec, 5).made == 0
     after = {path: path.stat().st_mtime_ns for path in Path(spec.out).rglob("*") if path.is_file()}
-    assert {p: t for p, t in after.items() if p.name != ".lock"} == {p: t for p, t in before.items() if p.name != ".lock"}
+    assert {p: t for p, t in after.items() if p.name != ".lock"} == {
+        p: t for p, t in before.items() if p.name != ".lock"
+    }
 
 
 def test_a_changed_setting_is_refused_by_name(spec: JobSpec) -> None:
@@ -176,7 +180,7 @@ def test_regenerate_refuses_other_weights(spec: JobSpec, tmp_path: Path) -> None
         Regenerator(dataset, str(other))
 
 
-# -- bad images ---------------------------------------------------------------------------------------------------------
+# -- bad images --------------------------------------------------------------------------------
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, is_spoilt) -> list[tuple[int, bool]]:
@@ -233,7 +237,7 @@ def test_only_bad_images_end_the_run_with_a_reason_and_no_shard(spec: JobSpec, m
     assert Dataset("tiny-IPR", Storage(spec.out)).shard_numbers() == []
 
 
-# -- faults -------------------------------------------------------------------------------------------------------------
+# -- faults --------------------------------------------------------------------------------
 
 
 def test_a_shard_that_cannot_be_written_ends_the_run_and_the_next_continues(spec: JobSpec) -> None:
@@ -284,4 +288,3 @@ def test_zero_images_and_a_real_datasets_name_are_refused(spec: JobSpec, real_ro
         run(dataclasses.replace(spec, name="clinic", out=str(real_root)), 4)
     with pytest.raises(BuilderError, match="unknown engine"):
         run(spec, 4, engine="locale")
-

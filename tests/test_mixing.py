@@ -91,7 +91,7 @@ def synthetic_count(keys: list[str]) -> int:
     return sum(not key.startswith("real-") for key in keys)
 
 
-# -- quotas -----------------------------------------------------------------------------------------------------------
+# -- quotas --------------------------------------------------------------------------------
 
 whole_weights = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 400)), min_size=1, max_size=9).filter(any)
 
@@ -153,7 +153,7 @@ def test_shuffles_are_the_same_for_ever() -> None:
     assert keyed_shuffle(100, 1).tolist() != keyed_shuffle(100, 2).tolist()
 
 
-# -- schedule ---------------------------------------------------------------------------------------------------------
+# -- schedule --------------------------------------------------------------------------------
 
 
 def streams(sizes: list[list[int]], mode: str) -> list[Stream]:
@@ -248,7 +248,7 @@ def test_epochs_and_seeds_and_twins_differ(pair: Path) -> None:
     assert twins[0] != twins[1]
 
 
-# -- loader -----------------------------------------------------------------------------------------------------------
+# -- loader --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
@@ -390,7 +390,7 @@ def test_transforms(pair: Path) -> None:
         next(iter(MixedLoader("real", out=str(pair), transform=lambda image: image[:, : next(sides)], batch_size=4)))
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------
 
 
 def test_a_filtered_view_reads_from_its_parent(pair: Path, tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_many_shards_keep_few_files_open(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(loader.sources[0]._files) == 3  # type: ignore[union-attr]
 
 
-# -- state ------------------------------------------------------------------------------------------------------------
+# -- state --------------------------------------------------------------------------------
 
 
 @given(step=st.integers(0, 10), epoch=st.integers(0, 2), world=st.integers(1, 3))
@@ -528,7 +528,7 @@ def test_a_state_of_another_mixture_is_refused(pair: Path, change: dict) -> None
         MixedLoader("real", **{**arguments, **change}).load_state_dict(state)
 
 
-# -- guards -----------------------------------------------------------------------------------------------------------
+# -- guards --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -22,9 +22,7 @@ def sample() -> list[Photograph]:
     """The first visit of forty patients and the last of forty others, from changing angles."""
     patients = [make_patient(number) for number in range(1, 81)]
     return [
-        render_photograph(
-            patient, 0 if patient.number % 2 else patient.visits - 1, ANGLES[patient.number % 3]
-        )
+        render_photograph(patient, 0 if patient.number % 2 else patient.visits - 1, ANGLES[patient.number % 3])
         for patient in patients
     ]
 
@@ -49,9 +47,7 @@ def test_files_do_not_depend_on_workers_or_on_the_number_of_patients(written: Pa
 def test_another_seed_gives_other_patients() -> None:
     one, other = make_patient(1, seed=0), make_patient(1, seed=1)
     assert one != other
-    assert not np.array_equal(
-        render_photograph(one, 0, "middle").pixels, render_photograph(other, 0, "middle").pixels
-    )
+    assert not np.array_equal(render_photograph(one, 0, "middle").pixels, render_photograph(other, 0, "middle").pixels)
 
 
 def test_tables_have_the_columns_of_the_old_system_and_agree_with_the_files(written: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -56,9 +57,7 @@ def test_bad_weights_are_refused(bad: dict[str, float]) -> None:
 
 
 @settings(max_examples=200)
-@given(
-    st.lists(st.integers(1, 900), min_size=1, max_size=4), st.integers(1, 120), st.randoms(use_true_random=False)
-)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=4), st.integers(1, 120), st.randoms(use_true_random=False))
 def test_units_cover_the_count_without_gap_whatever_was_killed(counts: list[int], per_shard: int, random) -> None:
     """Runs of any COUNT, each killed after committing any of its units, then one that ends."""
     committed: list[Unit] = []
@@ -70,7 +69,7 @@ def test_units_cover_the_count_without_gap_whatever_was_killed(counts: list[int]
     units = all_units(committed, counts[-1], per_shard)
     assert units[0].start == 0
     assert units[-1].stop >= counts[-1]
-    assert all(a.stop == b.start and b.number == a.number + 1 for a, b in zip(units, units[1:], strict=False))
+    assert all(a.stop == b.start and b.number == a.number + 1 for a, b in itertools.pairwise(units))
     assert all(0 < len(unit) <= per_shard for unit in units)
     assert set(committed) <= set(units)
 

@@ -103,7 +103,9 @@ def test_verify_finds_a_wrong_label_and_wrong_pixels(clinic: Dataset) -> None:
     table = clinic.shard_table(0)
     rows = table.to_pylist()
     rows[0]["label"], rows[1]["sha256"] = 2 - rows[0]["label"], "0" * 64
-    write_manifest(clinic.storage, "manifests/clinic/shard-000000.parquet", table.from_pylist(rows, schema=table.schema))
+    write_manifest(
+        clinic.storage, "manifests/clinic/shard-000000.parquet", table.from_pylist(rows, schema=table.schema)
+    )
     findings = "\n".join(verify_dataset(clinic))
     assert "is not in the class table" in findings
     assert "pixels" in findings
@@ -143,7 +145,9 @@ def test_a_full_disk_names_the_shard_and_says_what_to_do(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", full)
     pixels = textured(0)
     with pytest.raises(BuilderError, match=r"shard 3 of 'x'.*No space"):
-        write_shard(Storage(tmp_path), "x", 3, [Sample(image_row("x-I-00000000", "I", 0, "real", pixels), encode_png(pixels))])
+        write_shard(
+            Storage(tmp_path), "x", 3, [Sample(image_row("x-I-00000000", "I", 0, "real", pixels), encode_png(pixels))]
+        )
     assert Dataset("x", Storage(tmp_path)).shard_numbers() == []
 
 
@@ -208,7 +212,9 @@ def test_the_newest_unfiltered_synthetic_dataset_is_meant_when_none_is_named(cli
         ("old", "2026-01-01", None, "complete"), ("new", "2026-02-01", None, "complete"),
         ("filtered", "2026-03-01", "new", "complete"), ("unfinished", "2026-04-01", None, "partial"),
     ):  # fmt: skip
-        Dataset(name, clinic.storage).write_info(info | {"name": name, "created": created, "parent": parent, "state": state})
+        Dataset(name, clinic.storage).write_info(
+            info | {"name": name, "created": created, "parent": parent, "state": state}
+        )
     assert find_dataset(None, clinic.storage.root).name == "new"
     with pytest.raises(BuilderError, match="not complete"):
         find_dataset("unfinished", clinic.storage.root)

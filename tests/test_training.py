@@ -54,7 +54,7 @@ def changed(config: Config = CONFIG, **train_settings: Any) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train_settings))
 
 
-# -- data -------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------
 
 
 def test_only_the_training_split_is_read(clinic: Dataset) -> None:
@@ -164,7 +164,7 @@ def test_rate_warms_up_and_falls_to_zero(clinic: Dataset) -> None:
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
-# -- objectives -------------------------------------------------------------------------------------------------------
+# -- objectives --------------------------------------------------------------------------------
 
 
 def test_autoencoder_learns(clinic: Dataset) -> None:
@@ -247,7 +247,7 @@ def test_targets_agree_with_diffusers(clinic: Dataset, prediction: str) -> None:
     assert loss.item() == pytest.approx(target.square().mean().item(), rel=1e-4)
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------
+# -- the run --------------------------------------------------------------------------------
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

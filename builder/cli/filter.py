@@ -14,13 +14,15 @@ from builder.errors import BuilderError, did_you_mean
 if TYPE_CHECKING:
     from builder.quality.reference import Reference
     from builder.shards.dataset import Dataset
-    from builder.shards.filter import Range, Tally
+    from builder.shards.filter import Criteria, Range, Tally
 
 
 @click.command("filter", context_settings={"ignore_unknown_options": True, "allow_extra_args": False})
 @dataset_argument
 @click.argument("thresholds", nargs=-1, type=click.UNPROCESSED, metavar="[--min-SCORE X] [--max-SCORE X]")
-@click.option("--where", default="", metavar="SQL", help="A condition over the manifest, e.g. \"phase = 'I'\" (duckdb).")
+@click.option(
+    "--where", default="", metavar="SQL", help="A condition over the manifest, e.g. \"phase = 'I'\" (duckdb)."
+)
 @click.option("--no-gates", is_flag=True, help="Without the sanity gates (flat, blurred, black images may pass).")
 @click.option("--dry-run", is_flag=True, help="Only print what would happen.")
 @click.option("--name", help="Name of the new dataset. [default: <dataset>-accepted]")
@@ -40,9 +42,10 @@ def filter_(
     from builder.shards.dataset import Dataset, find_dataset
     from builder.shards.filter import Criteria, already_filtered, filter_dataset
 
-    if dataset and dataset.startswith("--"):  # `builder filter --min-ssim 0.7`: no dataset was named
-        dataset, thresholds = None, (dataset, *thresholds)
-    source = find_dataset(dataset, out, partial=partial)
+    words = (dataset or "", *thresholds)
+    named = "" if words[0].startswith("--") else words[0]  # `builder filter --min-ssim 0.7` names no dataset
+    thresholds = words[1:] if named else tuple(word for word in words if word)
+    source = find_dataset(named, out, partial=partial)
     click.echo(f"dataset: {source.name} ({source.info.get('count', 'partial')} images)")
     reference = load_reference(source) if has_reference(source) else None
     ranges = _thresholds(thresholds)
@@ -86,7 +89,9 @@ def _thresholds(words: tuple[str, ...]) -> list[Range]:
         match = re.fullmatch(r"--(min|max)-([A-Za-z_-]+)", option)
         if not match:
             known = ["--where", "--no-gates", "--dry-run", "--name", "--view", "--out", "--partial"]
-            raise BuilderError(f"no such option: {option}", did_you_mean(option, [*known, *(f"--min-{s}" for s in SCORE_NAMES)]))
+            raise BuilderError(
+                f"no such option: {option}", did_you_mean(option, [*known, *(f"--min-{s}" for s in SCORE_NAMES)])
+            )
         bound, score = match.group(1), match.group(2).replace("-", "_")
         if score not in SCORE_NAMES:
             raise BuilderError(f"no such score: {score}", did_you_mean(score, SCORE_NAMES))
@@ -111,14 +116,14 @@ def _gates(reference: Reference) -> list[Range]:
     ]
 
 
-def _print_yardstick(reference: Reference, criteria: Criteria) -> None:  # noqa: F821
+def _print_yardstick(reference: Reference, criteria: Criteria) -> None:
     """What share of real, flat and blurred images the same criteria would pass: the honest scale of a threshold."""
     from builder.quality.reference import yardstick_table
-    from builder.shards.filter import judge
+    from builder.shards.filter import Criteria, judge
 
     click.echo("\nshare that these criteria would pass (by the reference's yardsticks):")
     for kind, table in yardstick_table(reference).items():
-        reasons = judge(table, type(criteria)(criteria.ranges))
+        reasons = judge(table, Criteria(criteria.ranges))  # a known image has no manifest row for --where
         share = sum(not said for said in reasons) / max(1, len(reasons))
         click.echo(f"  {kind:<28} {share:6.1%}  of {len(reasons)}")
     click.echo("")

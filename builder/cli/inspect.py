@@ -20,7 +20,9 @@ def list_(out: str) -> None:
     if not datasets:
         click.echo(f"no datasets in {out}")
         return
-    click.echo(f"{'name':<32}{'origin':<11}{'state':<10}{'images':>9}{'shards':>8}  {'classes':<10}{'created':<27}parent")
+    click.echo(
+        f"{'name':<32}{'origin':<11}{'state':<10}{'images':>9}{'shards':>8}  {'classes':<10}{'created':<27}parent"
+    )
     for dataset in datasets:
         info = dataset.info
         click.echo(
@@ -52,7 +54,10 @@ def verify(dataset: str | None, out: str, partial: bool) -> None:
     if findings:
         click.echo(f"dataset '{found.name}': {len(findings)} findings", err=True)
         sys.exit(1)
-    click.echo(f"dataset '{found.name}': {found.info.get('count', 'some')} images in {len(numbers)} shards, all as its manifests say")
+    click.echo(
+        f"dataset '{found.name}': {found.info.get('count', 'some')} images in {len(numbers)} shards, "
+        "all as its manifests say"
+    )
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,18 +14,24 @@ FILE = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("photographs", type=FILE)
-@click.option("--boxes", type=FILE, help="CSV (the old columns, or file,xmin,ymin,xmax,ymax), COCO JSON, or a folder of masks.")
+@click.option(
+    "--boxes", type=FILE, help="CSV (the old columns, or file,xmin,ymin,xmax,ymax), COCO JSON, or a folder of masks."
+)
 @click.option("--labels", type=FILE, help="CSV of phases by file. [default: the boxes' labels, else the phase folders]")
 @click.option("--name", required=True, help="Name of the dataset.")
 @config_options
 @out_option
-@click.option("--margin", type=float, help="Margin kept around a box, share of its longer side. [default: the config's]")
+@click.option(
+    "--margin", type=float, help="Margin kept around a box, share of its longer side. [default: the config's]"
+)
 @click.option("--max-size", type=int, help="Cap of a crop's side in px. [default: the config's]")
 @click.option("--size", type=int, help="Freeze every crop at this side in px, for other people's readers.")
 @click.option("--without-box", type=click.Choice(["skip", "whole"]), help="What to do with a photograph without a box.")
 @click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read or used, and count it.")
 @click.option("--group-by", metavar="photograph|REGEX", help="Stands in for unknown patients.")
-@click.option("--key-file", type=FILE, help="Secret of the patient hashes. [default: $BUILDER_PATIENT_KEY, else ROOT/patient.key]")
+@click.option(
+    "--key-file", type=FILE, help="Secret of the patient hashes. [default: $BUILDER_PATIENT_KEY, else ROOT/patient.key]"
+)
 @click.option("--licence", default="not stated", show_default=True, help="Licence of the photographs; recorded.")
 def pack(
     photographs: Path, boxes: Path | None, labels: Path | None, name: str, source: str | None,
@@ -41,7 +48,7 @@ def pack(
     from builder.shards.storage import Storage
 
     config = load_config(source, overrides)
-    given = {"margin": margin, "max_size": max_size}
+    given: dict[str, Any] = {"margin": margin, "max_size": max_size}
     request = PackRequest(
         photographs=photographs,
         boxes=boxes,

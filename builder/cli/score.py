@@ -9,13 +9,21 @@ from builder.cli.options import config_options, out_option, partial_option
 
 @click.command()
 @click.argument("dataset")
-@click.option("--against", metavar="REAL", required=True, help="Real dataset: panel and gates come from its training split.")
+@click.option(
+    "--against", metavar="REAL", required=True, help="Real dataset: panel and gates come from its training split."
+)
 @click.option("--name", help="Name to give to foreign tars or folders. [default: their folder's name]")
 @config_options
 @out_option
 @partial_option
 def score(
-    dataset: str, against: str, name: str | None, source: str | None, overrides: tuple[str, ...], out: str, partial: bool
+    dataset: str,
+    against: str,
+    name: str | None,
+    source: str | None,
+    overrides: tuple[str, ...],
+    out: str,
+    partial: bool,
 ) -> None:
     """Score a dataset against real crops and write the scores into its manifests.
 

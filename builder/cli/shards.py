@@ -6,10 +6,11 @@ import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from builder.cli.options import config_options, dataset_argument, out_option, partial_option
+from builder.cli.options import config_options, out_option, partial_option
 from builder.errors import BuilderError
 
 
@@ -37,7 +38,7 @@ def shards(
     from builder.config import load_config
 
     config = load_config(source or "demo", overrides)
-    given = {"guidance": guidance, "steps": steps, "size": size}
+    given: dict[str, Any] = {"guidance": guidance, "steps": steps, "size": size}
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     config = replace(config, sample=sample, seed=config.seed if seed is None else seed)
     codes = config.classes.select(phases)
@@ -52,6 +53,8 @@ def shards(
     from builder.job.spec import JobSpec
     from builder.models.checkpoint import resolve
     from builder.sampling.device import dtype_name, resolve_dtype
+    from builder.shards.dataset import Dataset
+    from builder.shards.storage import Storage
 
     plan = Plan.of(codes, _weights(weights))
     found = resolve(checkpoint or config.checkpoint)
@@ -68,6 +71,7 @@ def shards(
         real=_real_dataset(real or config.real, out),
         real_out=out,
     )
+    Dataset(spec.name, Storage(out))  # refuses a name that is none, before anything is written
     log = log_to_file(spec)
     outcome = run_job(
         spec, count, lineage=asdict(found.lineage), licence=found.licence,
@@ -121,7 +125,8 @@ def regenerate(
             disagree += 1
             because = "; ".join(result.differences) or "nothing that is recorded differs"
             click.echo(
-                f"{key}: differs by at most {result.max_difference} of 255 (mean {result.mean_difference:.3f}); {because}"
+                f"{key}: differs by at most {result.max_difference} of 255 "
+                f"(mean {result.mean_difference:.3f}); {because}"
             )
         if save:
             Path(save).mkdir(parents=True, exist_ok=True)
@@ -151,5 +156,7 @@ def _real_dataset(reference: str, out: str) -> str:
         ensure_phantom(out)
     found = find_dataset(reference, out)
     if found.info["origin"] != "real":
-        raise BuilderError(f"dataset '{found.name}' is not of real crops", "give --real a dataset made by `builder pack`")
+        raise BuilderError(
+            f"dataset '{found.name}' is not of real crops", "give --real a dataset made by `builder pack`"
+        )
     return reference

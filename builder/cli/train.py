@@ -11,9 +11,13 @@ from builder.cli.options import config_options, out_option
 
 
 @click.command()
-@click.option("--real", metavar="NAME|PATH", help="Packed real dataset; its training split is learned. [default: the config's]")
+@click.option(
+    "--real", metavar="NAME|PATH", help="Packed real dataset; its training split is learned. [default: the config's]"
+)
 @config_options
-@click.option("--to", "target", type=click.Path(file_okay=False), help="Where checkpoints go. [default: checkpoints/<config>]")
+@click.option(
+    "--to", "target", type=click.Path(file_okay=False), help="Where checkpoints go. [default: checkpoints/<config>]"
+)
 @out_option
 def train(real: str | None, source: str | None, overrides: tuple[str, ...], target: str | None, out: str) -> None:
     """Train a generator on packed real crops. Run again, it continues where it was."""

@@ -50,7 +50,7 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
         existing = _existing(dataset, inputs)
         if existing is not None:
             return existing
-    info = _info(request, key, inputs)
+    info = {"name": dataset.name, **_info(request, key, inputs)}
     try:
         _clear(dataset)
         dataset.write_info({**info, "state": "partial", "count": 0})

@@ -80,11 +80,7 @@ def make_patient(number: int, seed: int = 0) -> Patient:
     turn = float(rng.normal(0, 0.25))
     # Two wounds lie along the limb, far enough apart that neither's crop shows the other.
     gap = 0.82 * sum(diameters) + 14 if has_second else 0.0
-    along = (
-        [0.0]
-        if not has_second
-        else [-gap * diameters[1] / sum(diameters), gap * diameters[0] / sum(diameters)]
-    )
+    along = [0.0] if not has_second else [-gap * diameters[1] / sum(diameters), gap * diameters[0] / sum(diameters)]
     wounds = []
     for i, (diameter, a) in enumerate(zip(diameters, along, strict=True)):
         across = float(rng.normal(0, 6)) if has_second else 0.0
@@ -128,6 +124,4 @@ def _course(
     # The jitter is the occasional setback between two visits.
     healing = first + step * np.arange(visits) + rng.normal(0, 0.02, visits)
     seen = rng.random(visits) < _SECOND_WOUND_SEEN
-    return tuple(
-        float(min(max(h, 0.0), 1.0)) if always_seen or s else None for h, s in zip(healing, seen, strict=True)
-    )
+    return tuple(float(min(max(h, 0.0), 1.0)) if always_seen or s else None for h, s in zip(healing, seen, strict=True))

@@ -107,9 +107,7 @@ def write_photographs(
     _write_table(out / "boxes.csv", BOX_COLUMNS, rows)
     phases = Counter(str(label[2]) for label in labels)
     sizes = [max(int(r[10]) - int(r[8]), int(r[11]) - int(r[9])) for r in rows]
-    return PhantomSummary(
-        patients, len({row[0] for row in rows}), {code: phases[code] for code in "IPR"}, sizes
-    )
+    return PhantomSummary(patients, len({row[0] for row in rows}), {code: phases[code] for code in "IPR"}, sizes)
 
 
 _Tables = tuple[list[tuple[str | int, ...]], list[tuple[str | int, ...]]]

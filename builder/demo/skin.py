@@ -20,10 +20,7 @@ TONES = (
 
 # Blue and green drapes, white sheets, a grey table.
 _DRAPES = (
-    np.array(
-        [[74, 128, 186], [86, 150, 140], [206, 208, 212], [214, 210, 200], [84, 80, 78]], dtype=np.float32
-    )
-    / 255
+    np.array([[74, 128, 186], [86, 150, 140], [206, 208, 212], [214, 210, 200], [84, 80, 78]], dtype=np.float32) / 255
 )
 
 # Low-frequency things are drawn on a grid four times coarser.
@@ -53,9 +50,7 @@ def skin_tone(patient: Patient) -> Field:
     return tone * np.array([1 + 0.3 * ruddy, 1 - ruddy, 1 - 0.8 * ruddy], dtype=np.float32)
 
 
-def draw_limb(
-    patient: Patient, view: View, visit_rng: np.random.Generator, rng: np.random.Generator
-) -> Scene:
+def draw_limb(patient: Patient, view: View, visit_rng: np.random.Generator, rng: np.random.Generator) -> Scene:
     """The limb without its wounds, on the drape of this visit."""
     textures = generator(*patient.seed, 102)
     width, height = WIDTH // _COARSE, HEIGHT // _COARSE
@@ -80,9 +75,7 @@ def draw_limb(
     pores[1:] += pores[:-1]
     pores[:, 1:] += pores[:, :-1]
     roughness = textures.uniform(0.6, 1.4)
-    skin *= (1 - np.float32(0.022 * roughness) * np.abs(creases) + np.float32(0.009 * roughness) * pores)[
-        ..., None
-    ]
+    skin *= (1 - np.float32(0.022 * roughness) * np.abs(creases) + np.float32(0.009 * roughness) * pores)[..., None]
 
     drape, drape_shade = _drape(visit_rng, coarse, width, height, depth)
     depth = resize(depth, WIDTH, HEIGHT)
@@ -136,19 +129,12 @@ def _rounded(depth: Field, radius: float, light: tuple[float, float]) -> Field:
     facing = (1 - 0.8 * (slope_x * light[0] + slope_y * light[1])) * steep
     # Lamps are near: the side towards them gets more of it.
     height, width = depth.shape
-    towards = (
-        light[0] * (np.linspace(-1, 1, width, dtype=np.float32))
-        + light[1] * np.linspace(-1, 1, height)[:, None]
-    )
+    towards = light[0] * (np.linspace(-1, 1, width, dtype=np.float32)) + light[1] * np.linspace(-1, 1, height)[:, None]
     return (0.42 + 0.58 * np.clip(facing, 0.2, 1.5) + 0.14 * towards).astype(np.float32)
 
 
-def _drape(
-    rng: np.random.Generator, coarse: Matrix, width: int, height: int, depth: Field
-) -> tuple[Field, Field]:
-    colour = _DRAPES[rng.choice(len(_DRAPES), p=(0.3, 0.15, 0.25, 0.15, 0.15))] * np.float32(
-        rng.uniform(0.8, 1.05)
-    )
+def _drape(rng: np.random.Generator, coarse: Matrix, width: int, height: int, depth: Field) -> tuple[Field, Field]:
+    colour = _DRAPES[rng.choice(len(_DRAPES), p=(0.3, 0.15, 0.25, 0.15, 0.15))] * np.float32(rng.uniform(0.8, 1.05))
     folds = Texture(rng, 12, _REACH, stretch=2.0).seen(coarse, width, height)
     shade = 0.86 + 0.07 * folds - 0.10 * np.abs(folds)
     shadow = 1 - 0.5 * np.exp(np.minimum(depth, 0) / 14)

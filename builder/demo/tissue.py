@@ -87,19 +87,14 @@ class _Patch:
         )
         to_wound = np.diag([1 / (radius * stretch), stretch / radius, 1.0]) @ to_wound_plane
         corners = (
-            np.array([[x, y, 1] for x in (-_REACH, _REACH) for y in (-_REACH, _REACH)])
-            @ np.linalg.inv(to_wound).T
+            np.array([[x, y, 1] for x in (-_REACH, _REACH) for y in (-_REACH, _REACH)]) @ np.linalg.inv(to_wound).T
         )
         pixels = view.project(corners[:, :2])
         self.left, self.top = np.clip(np.floor(pixels.min(0)), 0, [WIDTH - 1, HEIGHT - 1]).astype(int)
-        right, bottom = np.clip(
-            np.ceil(pixels.max(0)), [self.left + 1, self.top + 1], [WIDTH, HEIGHT]
-        ).astype(int)
+        right, bottom = np.clip(np.ceil(pixels.max(0)), [self.left + 1, self.top + 1], [WIDTH, HEIGHT]).astype(int)
         self.width, self.height = int(right - self.left), int(bottom - self.top)
         self.window = np.s_[self.top : bottom, self.left : right]
-        self.matrix: Matrix = (
-            to_wound @ view.to_plane @ np.array([[1, 0, self.left], [0, 1, self.top], [0, 0, 1.0]])
-        )
+        self.matrix: Matrix = to_wound @ view.to_plane @ np.array([[1, 0, self.left], [0, 1, self.top], [0, 0, 1.0]])
         self.radius = radius
         self.x, self.y = plane_coordinates(self.matrix, self.width, self.height)
 
@@ -188,9 +183,7 @@ def _paint_margin(skin: Field, look: Appearance, tissues: _Tissues, grain: _Grai
     return albedo * (1 - 0.13 * lines * np.array([0.5, 1, 0.9], dtype=np.float32))
 
 
-def _paint_bed(
-    skin: Field, look: Appearance, tissues: _Tissues, grain: _Grain, rng: np.random.Generator
-) -> Field:
+def _paint_bed(skin: Field, look: Appearance, tissues: _Tissues, grain: _Grain, rng: np.random.Generator) -> Field:
     """The open bed: flesh, slough over it, necrosis over both, and the shadow along its rim."""
     rough, broad, strands = grain.rough[..., None], grain.broad[..., None], grain.strands[..., None]
     flesh = _BEEFY + look.dusk * (_DUSKY - _BEEFY)

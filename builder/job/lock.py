@@ -23,5 +23,7 @@ def exclusive(dataset: Dataset) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BuilderError(f"another job is writing dataset '{dataset.name}'", "wait for it, or choose another --name") from None
+            raise BuilderError(
+                f"another job is writing dataset '{dataset.name}'", "wait for it, or choose another --name"
+            ) from None
         yield

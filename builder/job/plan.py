@@ -45,7 +45,9 @@ class Plan:
         weights = weights or {}
         for code in weights:
             if code not in codes:
-                raise BuilderError(f"a weight is given for phase '{code}', which is not asked for", f"asked for: {', '.join(codes)}")
+                raise BuilderError(
+                    f"a weight is given for phase '{code}', which is not asked for", f"asked for: {', '.join(codes)}"
+                )
         exact = [Fraction(str(weights.get(code, 1))).limit_denominator(1000) for code in codes]
         if any(weight <= 0 for weight in exact):
             raise BuilderError(f"weights must be positive: {weights}", "leave a phase out with --phases instead")
@@ -54,7 +56,9 @@ class Plan:
         divisor = math.gcd(*whole)
         plan = cls(tuple(codes), tuple(weight // divisor for weight in whole))
         if plan.period > MAX_PERIOD:
-            raise BuilderError(f"weights {weights} repeat only after {plan.period} images", "use rounder weights, e.g. 1 and 2.5")
+            raise BuilderError(
+                f"weights {weights} repeat only after {plan.period} images", "use rounder weights, e.g. 1 and 2.5"
+            )
         return plan
 
     @property
@@ -89,7 +93,10 @@ class Plan:
         rounds, rest = divmod(count, self.period)
         order, _ = self._cycle
         tail = np.bincount(order[:rest], minlength=len(self.codes))
-        return {code: rounds * weight + int(tail[i]) for i, (code, weight) in enumerate(zip(self.codes, self.weights, strict=True))}
+        return {
+            code: rounds * weight + int(tail[i])
+            for i, (code, weight) in enumerate(zip(self.codes, self.weights, strict=True))
+        }
 
 
 def cut(stops: Sequence[int], images_per_shard: int) -> list[Unit]:

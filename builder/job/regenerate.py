@@ -30,7 +30,7 @@ class Comparison:
 
 
 class Regenerator:
-    """Replays images of one synthetic dataset. The checkpoint is the recorded one, or given (its weights must agree)."""
+    """Replays images of one synthetic dataset, from the recorded checkpoint or a given one with the same weights."""
 
     def __init__(self, dataset: Dataset, checkpoint: str | None = None) -> None:
         from builder.job.devices import prepare
@@ -39,7 +39,9 @@ class Regenerator:
 
         info = dataset.info
         if "fingerprint_keys" not in info:
-            raise BuilderError(f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again")
+            raise BuilderError(
+                f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
+            )
         keys = info["fingerprint_keys"]
         found = resolve(checkpoint or info["checkpoint"])
         if found.sha256 != keys["checkpoint"]:
@@ -69,7 +71,9 @@ class Regenerator:
         table = self.dataset.table()
         found = table.filter(pc.equal(table["key"], key)).to_pylist()
         if not found:
-            raise BuilderError(f"there is no image '{key}' in dataset '{self.dataset.name}'", "keys stand in its manifests")
+            raise BuilderError(
+                f"there is no image '{key}' in dataset '{self.dataset.name}'", "keys stand in its manifests"
+            )
         return dict(found[0])
 
     def compare(self, key: str) -> Comparison:
@@ -79,7 +83,9 @@ class Regenerator:
         row = self.row(key)
         size = row["batch_size"]
         start = row["position"] // size * size
-        images = replay_batch(self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype)
+        images = replay_batch(
+            self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype
+        )
         image = next(image for image, _ in images if image.position == row["position"])
         stored = self.dataset.pixels(row)
         difference = np.abs(image.pixels.astype(int) - stored.astype(int))

@@ -131,14 +131,15 @@ def replay_batch(
     """Run one batch of the plan on one reserve, in the job's dtype or the next higher: each image, and if it is bad."""
     places = spec.plan.at(start, stop)
     labels = [spec.config.classes.label(code) for code, _ in places]
-    seeds = [
-        seed_of(spec.config.seed, label, index, reserve) for (_, index), label in zip(places, labels, strict=True)
-    ]
+    seeds = [seed_of(spec.config.seed, label, index, reserve) for (_, index), label in zip(places, labels, strict=True)]
     requests = [Request(code, label, seed) for (code, _), label, seed in zip(places, labels, seeds, strict=True)]
     batch = sampler.generate(requests, precise)
     dtype = dtype_name(HIGHER_PRECISION[sampler.dtype] if precise else sampler.dtype)
     seconds = batch.seconds / len(places)
     return [
-        (Image(code, index, start + i, seeds[i], reserve, dtype, batch.original_sizes[i], seconds, batch.pixels[i]), bad)
+        (
+            Image(code, index, start + i, seeds[i], reserve, dtype, batch.original_sizes[i], seconds, batch.pixels[i]),
+            bad,
+        )
         for i, ((code, index), bad) in enumerate(zip(places, batch.bad, strict=True))
     ]

@@ -50,7 +50,8 @@ def load_pipeline(
         parts["scheduler"] = _scheduler(folder / "scheduler")
     for name in WEIGHTS:
         wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
-        parts[name] = parts[name].to(device, wanted).eval().requires_grad_(False)
+        # Plain torch's `to`: diffusers' own warns at every cast.
+        parts[name] = torch.nn.Module.to(parts[name], device, wanted).eval().requires_grad_(False)
     empty = bool(index.get("force_zeros_for_empty_prompt", True))
     return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
 

@@ -2,10 +2,11 @@
 
 SSIM (Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 13(4), 2004) with the protocol of the scores: both images brought to
 `size` px, RGB in [0, 1], 11-tap Gaussian window of sigma 1.5, C1 = 0.01^2, C2 = 0.03^2, Gaussian-weighted moments
-without sample correction, mean over channels and over the windows that lie wholly inside the image (as torchmetrics
-and scikit-image do). With `stride` s, every s-th window in either direction is evaluated; an odd s is best: images
-enlarged by a multiple of s show every window the same phase of their pixels (measured on 64 px images: stride 7
-deviates by 0.004 at most from the full grid, stride 8 by 0.016).
+without sample correction, mean over channels and over the windows that lie wholly inside the image, as scikit-image
+does (torchmetrics computes the same map, but its mean takes in windows over mirrored borders). With `stride` s, every
+s-th window in either direction is evaluated; an odd s is best: images enlarged by a multiple of s show every window
+the same phase of their pixels (measured on 64 px images: stride 7 deviates by 0.004 at most from the full grid,
+stride 8 by 0.016).
 
 The one resize rule, for the panel and the scored images alike: antialiased bicubic (a = -0.5, PIL's kernel) in
 float32, clamped to [0, 1], not rounded to 8 bits. An image that is not square is squashed to `size` x `size`.

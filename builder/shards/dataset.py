@@ -51,9 +51,13 @@ class Dataset:
         try:
             return dict(json.loads(self.storage.read(self.info_path)))
         except FileNotFoundError:
-            raise BuilderError(f"there is no dataset '{self.name}' in {self.storage.root}", "see `builder list`") from None
+            raise BuilderError(
+                f"there is no dataset '{self.name}' in {self.storage.root}", "see `builder list`"
+            ) from None
         except json.JSONDecodeError as error:
-            raise BuilderError(f"{self.info_path} is not valid JSON: {error}", "make the dataset again, or restore it") from None
+            raise BuilderError(
+                f"{self.info_path} is not valid JSON: {error}", "make the dataset again, or restore it"
+            ) from None
 
     def write_info(self, info: dict[str, Any]) -> None:
         self.storage.write(self.info_path, json.dumps(info, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
@@ -109,7 +113,9 @@ class Dataset:
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             where = f"{row['key']} in {row['shard']}"
-            raise BuilderError(f"the image {where} cannot be read: {error}", f"run `builder verify {self.name}`") from None
+            raise BuilderError(
+                f"the image {where} cannot be read: {error}", f"run `builder verify {self.name}`"
+            ) from None
 
     def images(self, rows: Sequence[dict[str, Any]] | None = None) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """Rows (default: all) with their pixels, uint8 RGB [H, W, 3]."""
@@ -137,7 +143,9 @@ def find_dataset(reference: str | None, out: str = ".", *, partial: bool = False
     """
     dataset = _newest(Storage(out)) if not reference else _named(reference, out)
     if dataset.info.get("state") != "complete" and not partial:
-        raise BuilderError(f"dataset '{dataset.name}' is not complete", "run its command again to finish it, or add --partial")
+        raise BuilderError(
+            f"dataset '{dataset.name}' is not complete", "run its command again to finish it, or add --partial"
+        )
     return dataset
 
 
@@ -149,7 +157,9 @@ def _newest(storage: Storage) -> Dataset:
         if info.get("state") == "complete" and info.get("origin") == "synthetic" and not info.get("parent")
     ]
     if not candidates:
-        raise BuilderError(f"there is no complete synthetic dataset in {storage.root}", "make one with `builder shards`, or name one")
+        raise BuilderError(
+            f"there is no complete synthetic dataset in {storage.root}", "make one with `builder shards`, or name one"
+        )
     return max(candidates, key=lambda candidate: candidate[0])[1]
 
 

@@ -95,7 +95,11 @@ def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, v
         return False
     info = target.info
     same = info.get("parent") == dataset.name and info.get("filter") == criteria.to_json() and info.get("view") == view
-    if same and info.get("parent_created") == dataset.info.get("created") and info.get("parent_count") == dataset.info.get("count"):
+    if (
+        same
+        and info.get("parent_created") == dataset.info.get("created")
+        and info.get("parent_count") == dataset.info.get("count")
+    ):
         return True
     raise BuilderError(
         f"dataset '{target.name}' exists and was made with other settings",
@@ -201,8 +205,8 @@ def _where_not(table: pa.Table, where: str) -> list[int]:
             query = f"SELECT row_number_ FROM manifest WHERE NOT coalesce(({where}), false) ORDER BY 1"
             return [row for (row,) in connection.execute(query).fetchall()]
     except duckdb.Error as error:
-        columns = ", ".join(field.name for field in IDENTITY)
+        columns = ", ".join([*(field.name for field in IDENTITY), *SCORE_NAMES])
         raise BuilderError(
             f"--where '{where}' is no condition over the manifest: {str(error).splitlines()[0]}",
-            f"write for example --where \"ssim > 0.7 and phase = 'I'\"; columns: {columns}, the scores {', '.join(SCORE_NAMES)}, ...",
+            f"write for example --where \"ssim > 0.7 and phase = 'I'\"; columns are, among others, {columns}",
         ) from None

@@ -20,7 +20,9 @@ def remove_dataset(storage: Storage, name: str, *, force: bool = False) -> list[
         raise BuilderError(f"there is no dataset '{name}' in {storage.root}", "see `builder list`")
     views = [d.name for d in all_datasets(storage) if d.info.get("view") and d.info.get("parent") == name]
     if views and not force:
-        raise BuilderError(f"the views {', '.join(views)} read the images of '{name}'", "remove them first, or add --force")
+        raise BuilderError(
+            f"the views {', '.join(views)} read the images of '{name}'", "remove them first, or add --force"
+        )
     storage.remove(f"manifests/{name}/dataset.json")
     for folder in folders:
         storage.remove(folder)

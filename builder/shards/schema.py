@@ -7,7 +7,9 @@ from typing import Any
 import pyarrow as pa
 
 
-def _field(name: str, kind: pa.DataType, comment: str, *, unit: str = "", range: str = "", required: bool = False) -> pa.Field:
+def _field(
+    name: str, kind: pa.DataType, comment: str, *, unit: str = "", range: str = "", required: bool = False
+) -> pa.Field:
     described = {"comment": comment, "unit": unit, "range": range}
     return pa.field(name, kind, nullable=not required, metadata={k: v for k, v in described.items() if v})
 
@@ -28,7 +30,9 @@ SYNTHETIC = [
     _field("seed", pa.uint32(), "of torch's CPU generator for the initial noise", range="0..2^32-1"),
     _field("index", pa.int64(), "of the image within its phase", range="0..2^24-1"),
     _field("position", pa.int64(), "of the image in the endless plan"),
-    _field("reserve", pa.int32(), "0: the planned seed; n: the n-th reserve seed, because earlier ones gave a bad image"),
+    _field(
+        "reserve", pa.int32(), "0: the planned seed; n: the n-th reserve seed, because earlier ones gave a bad image"
+    ),
     _field("checkpoint", pa.string(), "name of the checkpoint"),
     _field("checkpoint_sha256", pa.string(), "of the checkpoint's weight files"),
     _field("prompt", pa.string(), "positive prompt"),
@@ -45,13 +49,30 @@ REAL = [
     _field("patient", pa.string(), "keyed hash (HMAC-SHA256, 32 hex digits) of the patient"),
     _field("split", pa.string(), "train, val or test; by patient"),
     _field("source", pa.string(), "file name of the photograph, without folders"),
-    _field("box", pa.list_(pa.float32(), 4), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"),
-    _field("original_size", pa.list_(pa.int32(), 2), "width, height of the crop before any resize (synthetic: as conditioned on)", unit="px"),
+    _field(
+        "box", pa.list_(pa.float32(), 4), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"
+    ),
+    _field(
+        "original_size",
+        pa.list_(pa.int32(), 2),
+        "width, height of the crop before any resize (synthetic: as conditioned on)",
+        unit="px",
+    ),
 ]
 SCORES = [
-    _field("ssim", pa.float32(), "best structural similarity (Wang 2004) over the phase's panel of real crops", range="-1..1"),
+    _field(
+        "ssim",
+        pa.float32(),
+        "best structural similarity (Wang 2004) over the phase's panel of real crops",
+        range="-1..1",
+    ),
     _field("ssim_mean", pa.float32(), "mean structural similarity over the phase's panel", range="-1..1"),
-    _field("sharpness", pa.float32(), "share of the detail's amplitude that is fine, at 64 px; see quality.statistics", range="0..1"),
+    _field(
+        "sharpness",
+        pa.float32(),
+        "share of the detail's amplitude that is fine, at 64 px; see quality.statistics",
+        range="0..1",
+    ),
     _field("contrast", pa.float32(), "standard deviation of the luma, at 64 px", range="0..127.5"),
     _field("clipped", pa.float32(), "share of pixels with a channel at 0 or 255", range="0..1"),
     _field("mean_r", pa.float32(), "mean of the red channel", range="0..255"),

@@ -26,7 +26,9 @@ class Storage:
         try:
             return fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:
-            raise BuilderError(f"cannot open '{self.root}': {error}", "install the extra for it, e.g. pip install builder[s3]") from None
+            raise BuilderError(
+                f"cannot open '{self.root}': {error}", "install the extra for it, e.g. pip install builder[s3]"
+            ) from None
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:

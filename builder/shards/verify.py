@@ -56,7 +56,9 @@ def stray_tars(dataset: Dataset) -> list[str]:
 
 def _verify_info(dataset: Dataset) -> list[str]:
     info = dataset.info
-    findings = [f"dataset.json has no '{key}'" for key in ("name", "state", "origin", "classes", "lineage") if key not in info]
+    findings = [
+        f"dataset.json has no '{key}'" for key in ("name", "state", "origin", "classes", "lineage") if key not in info
+    ]
     lineage = info.get("lineage") or {}
     if lineage.get("known") and not isinstance(lineage.get("patients"), list):
         findings.append("dataset.json: the lineage is said to be known, but lists no patients")
@@ -98,7 +100,9 @@ def _verify_members(path: str, data: bytes, rows: list[dict[str, Any]], *, whole
     findings = []
     expected = set()
     for row in rows:
-        image = [name for name in members if name.rpartition(".")[0] == row["key"] and name[-4:] not in (".cls", "json")]
+        image = [
+            name for name in members if name.rpartition(".")[0] == row["key"] and name[-4:] not in (".cls", "json")
+        ]
         if not image:
             findings.append(f"{path}: no image of {row['key']}")
         expected.update([*image, f"{row['key']}.cls", f"{row['key']}.json"])
@@ -123,7 +127,9 @@ def _describes(text: bytes, row: dict[str, Any]) -> bool:
     if said.keys() != expected.keys():
         return False
     return all(
-        np.allclose(said[key], expected[key], rtol=1e-5) if isinstance(expected[key], float) else said[key] == expected[key]
+        np.allclose(said[key], expected[key], rtol=1e-5)
+        if isinstance(expected[key], float)
+        else said[key] == expected[key]
         for key in expected
         if key != "box"
     )
@@ -140,7 +146,9 @@ def _verify_row(dataset: Dataset, row: dict[str, Any], tar: bytes) -> list[str]:
     if pixel_sha256(pixels) != row["sha256"]:
         findings.append(f"its pixels in {row['shard']} are not those of the manifest")
     if pixels.shape[:2] != (row["height"], row["width"]):
-        findings.append(f"it is {pixels.shape[1]}x{pixels.shape[0]} px, the manifest says {row['width']}x{row['height']}")
+        findings.append(
+            f"it is {pixels.shape[1]}x{pixels.shape[0]} px, the manifest says {row['width']}x{row['height']}"
+        )
     if row["phase"] not in dataset.classes.codes or dataset.classes.label(row["phase"]) != row["label"]:
         findings.append(f"phase {row['phase']} with label {row['label']} is not in the class table")
     return findings

@@ -55,7 +55,8 @@ for name in ("fsync", "replace", "fdopen", "fchmod"):
 storage.tempfile.mkstemp = dies_at("mkstemp", storage.tempfile.mkstemp)
 pictures = [textured(i, 32) for i in range(3)]
 samples = [
-    writer.Sample(writer.image_row(f"x-I-{i:08d}", "I", 0, "real", p), writer.encode_png(p)) for i, p in enumerate(pictures)
+    writer.Sample(writer.image_row(f"x-I-{i:08d}", "I", 0, "real", p), writer.encode_png(p))
+    for i, p in enumerate(pictures)
 ]
 writer.write_shard(storage.Storage(root), "x", 0, samples)
 """
@@ -88,7 +89,7 @@ def kill_the_commit(root: Path) -> None:
         else:
             assert visible_after is None, "a shard vanished"
         if died == 0:
-            print(f"commit: killed at each of its {fatal - 1} steps; the shard is visible, whole, from step {visible_after}")
+            print(f"commit: killed at each of {fatal - 1} points; visible, and whole, from point {visible_after} on")
             return
         assert died == 9, f"the commit ended with {died}"
     raise AssertionError("the commit never ended")
@@ -112,7 +113,10 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
     chance.shuffle(moments)
     for number, moment in enumerate(moments):
         job = subprocess.Popen(
-            [*command, "--out", str(chaotic)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [*command, "--out", str(chaotic)],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             job.wait(moment)
@@ -122,10 +126,12 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
         dataset = Dataset("chaos", Storage(chaotic))
         visible = dataset.shard_numbers()
         if dataset.exists():
-            partial = [finding for finding in verify_dataset(dataset)]
+            partial = verify_dataset(dataset)
             assert not partial, f"after kill {number + 1}: {partial}"
         print(f"kill {number + 1:>2} after {moment:5.1f} s of {length:.0f}: shards visible {visible}, all whole")
-        if len(visible) == -(-count // SHARD) and number < kills - 1:  # it had ended: start over, so that every kill counts
+        if (
+            len(visible) == -(-count // SHARD) and number < kills - 1
+        ):  # it had ended: start over, so that every kill counts
             subprocess.run([sys.executable, "-m", "builder", "rm", "chaos", "--yes", "--out", str(chaotic)], check=True)
     subprocess.run([*command, "--out", str(chaotic)], check=True)
     one, two = _tars(whole), _tars(chaotic)
@@ -134,7 +140,9 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
 
 
 def _tars(root: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.glob("shards/chaos/*.tar"))}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(root.glob("shards/chaos/*.tar"))
+    }
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import signal
 import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -41,10 +42,8 @@ class _Process:
 
     def give(self, unit: Unit | None) -> None:
         self.unit, self.unit_images = unit, 0
-        try:
+        with suppress(OSError):  # it just died: the pipe's end of file is read next and brings the unit back
             self.connection.send(unit)
-        except OSError:
-            pass  # it just died; the pipe's end of file is read next and brings the unit back
 
     def stop(self) -> None:
         self.process.terminate()
@@ -104,14 +103,14 @@ def _hear(
         worker.connection.close()
 
 
-def _count_failure(
-    worker: _Process, reason: str, queue: deque[Unit], failures: Counter[int], report: Report
-) -> None:
+def _count_failure(worker: _Process, reason: str, queue: deque[Unit], failures: Counter[int], report: Report) -> None:
     unit, worker.unit = worker.unit, None
     if unit is None:  # it died before it got any work, e.g. while loading the model
         failures[-1] += 1
         if failures[-1] >= MAX_FAILURES:
-            raise BuilderError(f"workers die while loading: {reason}", "the run's log has their last words; try fewer --workers")
+            raise BuilderError(
+                f"workers die while loading: {reason}", "the run's log has their last words; try fewer --workers"
+            )
         return
     failures[unit.number] += 1
     if failures[unit.number] < MAX_FAILURES:

@@ -1,0 +1,311 @@
+"""The commands as a user types them: what they print, and that mistakes end in one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builder.cli import cli, main
+from builder.errors import BuilderError
+from builder.phases import HEALING_PHASES
+from builder.shards.dataset import Dataset, find_dataset
+from builder.shards.storage import Storage
+from tests.conftest import textured, write_real
+
+TINY = """
+name: tiny
+real: clinic
+sample: {size: 16, steps: 2, batch_size: 4}
+score: {ssim_size: 64, panel: 2}
+shards: {images_per_shard: 8}
+"""
+
+
+QUIET_MAIN = """
+import sys
+sys.argv = {words}
+import builder.cli
+try:
+    builder.cli.main()
+except SystemExit as end:
+    print("exit", end.code)
+"""
+
+
+class Result:
+    def __init__(self, code: int, output: str) -> None:
+        self.code, self.output = code, output
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a command line in this process, in an empty working directory, through the real entry point."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["builder", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out + captured.err)
+
+    return run
+
+
+@pytest.fixture
+def made(builder, tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    """A working directory with the real dataset `clinic` and the synthetic `tiny-IPR` of 12 images."""
+    write_real(tmp_path, per_phase=12, size=24)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    result = builder(
+        "shards", "--config", "tiny.yaml", "--count", "12", "--checkpoint", tiny_checkpoint, "--engine", "inline"
+    )
+    assert result.code == 0, result.output
+    return tmp_path
+
+
+def refused(result: Result, *said: str) -> None:
+    """One clear message, exit code 2, no traceback."""
+    assert result.code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.output.count("error:") == 1
+    for words in said:
+        assert words in result.output
+
+
+def test_help_answers_without_torch() -> None:
+    script = QUIET_MAIN.format(words=["builder", "--help"])
+    heavy = "print([m for m in ('torch', 'diffusers', 'transformers', 'pyarrow', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script + heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    assert all(name in done.stdout for name in cli.commands)
+
+
+def test_the_way_from_shards_to_sheet(builder, made: Path) -> None:
+    again = builder("shards", "--config", "tiny.yaml", "--count", "12", "--checkpoint", builder_checkpoint(made))
+    assert "nothing to do" in again.output
+    verified = builder("verify")
+    assert verified.code == 0
+    assert "12 images in 2 shards" in verified.output
+    filtered = builder("filter", "--min-ssim", "-1", "--no-gates")
+    assert filtered.code == 0
+    assert "wrote dataset 'tiny-IPR-accepted': 12 images" in filtered.output
+    assert "real crops" in filtered.output
+    assert builder("filter", "--min-ssim", "-1", "--no-gates").output.count("nothing to do") == 1
+    refused(builder("filter", "--min-ssim", "0", "--no-gates"), "made with other settings", "--name")
+    drawn = builder("sheet", "--by", "ssim", "--against", "clinic")
+    assert drawn.code == 0
+    assert Image.open(made / "tiny-IPR-sheet.png").width > 300
+    listed = builder("list")
+    assert all(name in listed.output for name in ("clinic", "tiny-IPR", "tiny-IPR-accepted"))
+    replayed = builder("regenerate", "tiny-IPR", "tiny-IPR-I-00000001", "--random", "3", "--save", "again")
+    assert replayed.code == 0
+    assert "4 of 4 identical" in replayed.output
+    assert len(list((made / "again").iterdir())) >= 3
+    removed = builder("rm", "tiny-IPR-accepted", "--yes")
+    assert removed.code == 0
+    refused(builder("verify", "tiny-IPR-accepted"), "no dataset")
+
+
+def builder_checkpoint(made: Path) -> str:
+    return str(Dataset("tiny-IPR", Storage(made)).info["checkpoint"])
+
+
+def test_filter_and_verify_do_not_import_torch(made: Path) -> None:
+    for words in (["verify"], ["filter", "--dry-run", "--where", "phase = 'I'"], ["list"]):
+        script = QUIET_MAIN.format(words=["builder", *words])
+        done = subprocess.run(
+            [sys.executable, "-c", script + "print('torch' in sys.modules)"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=made,
+        )
+        assert done.stdout.strip().endswith("False"), done.stdout
+        assert "exit 0" in done.stdout, done.stdout + done.stderr
+
+
+def test_verify_exits_1_with_a_list_when_a_tar_is_cut(builder, made: Path) -> None:
+    tar = made / "shards/tiny-IPR/shard-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    result = builder("verify")
+    assert result.code == 1
+    assert "shard-000001.tar" in result.output
+
+
+def test_a_disagreeing_regeneration_exits_1(builder, made: Path) -> None:
+    dataset = find_dataset("tiny-IPR", str(made))
+    from builder.shards.writer import write_manifest
+
+    table = dataset.shard_table(0)
+    rows = table.to_pylist()
+    rows[0]["sha256"] = "0" * 64
+    write_manifest(
+        dataset.storage, "manifests/tiny-IPR/shard-000000.parquet", table.from_pylist(rows, schema=table.schema)
+    )
+    result = builder("regenerate", "tiny-IPR", rows[0]["key"])
+    assert result.code == 1
+    assert "differs by at most 0 of 255" in result.output
+
+
+def test_black_and_flat_images_never_pass_the_gates(builder, made: Path) -> None:
+    """Planted through the front door: a folder of images, scored by `builder score`, then filtered."""
+    planted = made / "planted"
+    for code in HEALING_PHASES.codes:
+        (planted / code).mkdir(parents=True)
+        for i in range(3):
+            real = textured(1000 * ord(code) + i, 24)
+            flat = np.broadcast_to(real.reshape(-1, 3).mean(0).astype(np.uint8), real.shape)
+            Image.fromarray(np.ascontiguousarray(flat)).save(planted / code / f"flat{i}.png")
+            Image.fromarray(np.zeros_like(real)).save(planted / code / f"black{i}.png")
+    scored = builder("score", "planted", "--against", "clinic", "--config", "tiny.yaml")
+    assert scored.code == 0, scored.output
+    result = builder("filter", "planted")
+    assert result.code == 1
+    assert "no image passes: nothing was written" in result.output
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--phases", "IXR"], ["unknown phase 'X'", "I (inflammatory)"]),
+        (["--count", "0"], ["COUNT is 0"]),
+        (["--count", "-3"], ["COUNT is -3"]),
+        (["--checkpoint", "nowhere"], ["no checkpoint 'nowhere'"]),
+        (["--real", "nobody"], ["no dataset 'nobody'"]),
+        (["--config", "demmo"], ["no config 'demmo'"]),
+        (["--set", "sample.guidanse=4"], ["unknown key 'sample.guidanse'", "did you mean 'guidance'"]),
+        (["--set", "sample.steps=many"], ["'sample.steps' is 'many'"]),
+        (["--set", "sample"], ["has no '='"]),
+        (["--weights", "I=0"], ["weights must be positive"]),
+        (["--weights", "I=x"], ["is not CODE=NUMBER"]),
+        (["--engine", "cluster"], ["unknown engine"]),
+        (["--workers", "0"], ["--workers is 0"]),
+        (["--name", "a/b"], ["not of [A-Za-z0-9_-]"]),
+        (["--size", "17"], ["17"]),
+        (["--set", "sample.scheduler=ddimm"], ["ddim"]),
+        (["--guidance", "3.5", "--name", "tiny-IPR"], ["guidance: 3.0 there, 3.5 now"]),
+    ],
+)
+def test_bad_input_of_shards(builder, made: Path, words: list[str], said: list[str]) -> None:
+    base = [
+        "shards",
+        "--config",
+        "tiny.yaml",
+        "--count",
+        "12",
+        "--checkpoint",
+        builder_checkpoint(made),
+        "--engine",
+        "inline",
+    ]
+    new = [] if "--name" in words else ["--name", "fresh"]
+    refused(builder(*base, *new, *words), *said)
+    assert not list(made.glob("shards/fresh/*"))
+
+
+def test_phases_are_written_either_way(builder, made: Path) -> None:
+    for written in ("I,P,R", "IPR", "R P I"):
+        result = builder(
+            "shards",
+            "--config",
+            "tiny.yaml",
+            "--count",
+            "12",
+            "--phases",
+            written,
+            "--checkpoint",
+            builder_checkpoint(made),
+        )
+        assert result.code == 0, result.output
+        assert "tiny-IPR" in result.output
+
+
+def test_weights_of_another_shape_are_refused_with_the_layer(builder, made: Path, tiny_checkpoint: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = made / "broken"
+    shutil.copytree(tiny_checkpoint, broken)
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"] = weights["conv_in.weight"][:, :2].contiguous()
+    save_file(weights, path)
+    refused(
+        builder(
+            "shards",
+            "--config",
+            "tiny.yaml",
+            "--count",
+            "4",
+            "--name",
+            "fresh",
+            "--checkpoint",
+            broken,
+            "--engine",
+            "inline",
+        ),
+        "conv_in.weight",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["filter", "--min-sssim", "0.7"], ["did you mean 'ssim'"]),
+        (["filter", "--minimum-ssim", "0.7"], ["no such option"]),
+        (["filter", "--min-ssim"], ["needs a number"]),
+        (["filter", "--where", "nope ="], ["no condition over the manifest"]),
+        (["filter", "clinic"], ["never scored", "builder score clinic"]),
+        (["verify", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),
+        (["regenerate", "tiny-IPR"], ["no key is given"]),
+        (["regenerate", "tiny-IPR", "unknown"], ["no image 'unknown'"]),
+        (["rm", "nothing"], ["no dataset 'nothing'"]),
+        (["sheet", "--by", "beauty"], ["beauty"]),
+        (["score", "tiny-IPR", "--against", "tiny-IPQ"], ["no dataset"]),
+        (["pack", "nowhere", "--name", "x"], ["nowhere"]),
+    ],
+)
+def test_bad_input_of_the_other_commands(builder, made: Path, words: list[str], said: list[str]) -> None:
+    refused(builder(*words), *said)
+
+
+def test_nothing_to_work_on(builder) -> None:
+    refused(builder("verify"), "no complete synthetic dataset")
+    assert "no datasets" in builder("list").output
+
+
+def test_pack_from_photographs_to_summary(builder, tmp_path: Path) -> None:
+    for code in "IPR":
+        (tmp_path / "photos" / code).mkdir(parents=True)
+        for patient in range(4):
+            picture = Image.fromarray(textured(patient + ord(code), 96))
+            picture.save(tmp_path / "photos" / code / f"p{patient}-{code}.png")
+    with open(tmp_path / "boxes.csv", "w") as file:
+        file.write("file,xmin,ymin,xmax,ymax,patient\n")
+        for code in "IPR":
+            file.writelines(f"p{patient}-{code}.png,20,20,60,70,{patient}{code}\n" for patient in range(4))
+    result = builder("pack", "photos", "--boxes", "boxes.csv", "--name", "mine")
+    assert result.code == 0, result.output
+    assert "12 crops" in result.output
+    verified = builder("verify", "mine")
+    assert verified.code == 0, verified.output
+    os.truncate(tmp_path / "photos/I/p1-I.png", 300)
+    refused(builder("pack", "photos", "--boxes", "boxes.csv", "--name", "other"), "p1-I.png", "--skip-bad")
+
+
+def test_a_builder_error_survives_the_way_between_processes() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BuilderError("what", "remedy")))
+    assert (error.what, error.remedy) == ("what", "remedy")
