@@ -38,6 +38,7 @@ class VaeTrainConfig:
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4
     gradient_weight: float = 1.0
+    guided_steps: int = 0  # led by principal components at first; see training.vae
     warmup_steps: int = 100
     ema_decay: float = 0.995
     autocast: bool = False  # bfloat16 arithmetic on the CPU too; a GPU always uses it

@@ -28,7 +28,14 @@ from builder.training.diffusion import DiffusionObjective, Latents, Prompts, snr
 from builder.training.ema import Ema, ema_decay
 from builder.training.run import train
 from builder.training.stage import Stage, TrainingInterrupted
-from builder.training.vae import AutoencoderObjective, encode, scaling_factor
+from builder.training.vae import (
+    AutoencoderObjective,
+    PrincipalComponents,
+    encode,
+    gradient_difference,
+    scaling_factor,
+    to_model,
+)
 from tests.conftest import write_real
 from tests.test_models import ARCHITECTURE
 
@@ -172,6 +179,37 @@ def test_autoencoder_learns(clinic: Dataset) -> None:
     losses = [stage.train_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-5:]) < 0.85 * losses[0]
     assert all(torch.isfinite(p).all() for p in stage.ema.model.parameters())
+
+
+def test_losses_see_what_they_are_for() -> None:
+    image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    redder = image + torch.tensor([0.3, 0.0, 0.0])[:, None, None]
+    assert gradient_difference(redder, image).item() == pytest.approx(0, abs=1e-6)  # as sharp
+    assert gradient_difference(image.mean(dim=(2, 3), keepdim=True).expand_as(image), image) > 0.1
+
+
+def test_principal_components_are_the_best_linear_code(clinic: Dataset) -> None:
+    """As many components as numbers in a patch lose nothing; fewer keep the most variance; the scale is one."""
+    pixels = load_crops(clinic, 16).pixels
+    components = PrincipalComponents(pixels, 12, 2)
+    codes = components(to_model(pixels))
+    assert codes.shape == (len(pixels), 12, 8, 8)
+    assert float(codes.std()) == pytest.approx(1, abs=0.1)
+    spread = codes.permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(torch.corrcoef(spread), torch.eye(12), atol=0.06)
+    assert bool((spread.std(1).diff() >= 0).all())  # ascending, half way to white
+    few = PrincipalComponents(pixels, 4, 2)(to_model(pixels)).permute(1, 0, 2, 3).flatten(1)
+    assert torch.allclose(few / few.std(1, keepdim=True), spread[-4:] / spread[-4:].std(1, keepdim=True), atol=1e-3)
+
+
+def test_the_guide_fades_out(clinic: Dataset) -> None:
+    config = VaeTrainConfig(steps=100, batch_size=4, guided_steps=40)
+    objective = AutoencoderObjective(build(ARCHITECTURE, 16, 0).vae, load_crops(clinic, 16), config, seed=0, device=CPU)
+    assert [objective.guidance(step) for step in (0, 20, 30, 40, 99)] == [1, 1, 0.5, 0, 0]
+    unguided = AutoencoderObjective(
+        build(ARCHITECTURE, 16, 0).vae, load_crops(clinic, 16), VaeTrainConfig(), seed=0, device=CPU
+    )
+    assert unguided.guidance(0) == 0
 
 
 def test_scaling_factor_brings_latents_to_unit_scale(clinic: Dataset) -> None:
