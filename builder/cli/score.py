@@ -31,6 +31,7 @@ def score(
     in one folder per phase.
     """
     from builder.config import load_config
+    from builder.job.devices import prepare
     from builder.quality.score_dataset import score_dataset
     from builder.shards.dataset import find_dataset
     from builder.shards.foreign import adopt, is_foreign
@@ -43,5 +44,5 @@ def score(
         click.echo(f"adopted {dataset} as dataset '{found.name}'")
     else:
         found = find_dataset(dataset, out, partial=partial)
-    score_dataset(found, real, config.score)
+    score_dataset(found, real, config.score, device=prepare(0))
     click.echo(f"dataset '{found.name}' is scored against '{real.name}'")

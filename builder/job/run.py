@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from builder.errors import BuilderError
+from builder.job.devices import prepare
 from builder.job.engines import engine_of
 from builder.job.lock import exclusive
 from builder.job.pending import all_units, committed_units
@@ -148,6 +149,7 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
         return
     real = find_dataset(spec.real, spec.real_out)
     say(f"choosing the reference panel and gates from the real crops of '{real.name}'")
+    prepare(0)  # one thread here too: several fight with other processes, and then take minutes
     size = spec.config.sample.size
     save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size))
 
