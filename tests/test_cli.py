@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +48,13 @@ class Result:
 def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run a command line in this process, in an empty working directory, through the real entry point."""
     monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
 
     def run(*words: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["builder", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
+        signal.signal(signal.SIGTERM, before)  # the entry point's own handler is meant for a process of its own
         captured = capsys.readouterr()
         return Result(int(ended.value.code or 0), captured.out + captured.err)
 

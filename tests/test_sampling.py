@@ -15,6 +15,7 @@ from builder.config import Config, SampleConfig
 from builder.errors import BuilderError
 from builder.models import sdxl
 from builder.models.checkpoint import Checkpoint
+from builder.phases import ClassTable, Phase
 from builder.sampling.device import resolve_dtype
 from builder.sampling.prompts import encode_prompts
 from builder.sampling.sampler import Request, Sampler, is_blank, load_sampler, to_pixels
@@ -316,9 +317,10 @@ class TestSampler:
 class TestLoadSampler:
     def test_draws_from_a_checkpoint_folder_what_the_pipeline_in_memory_draws(self, tmp_path):
         tiny_pipeline().save_pretrained(tmp_path / "tiny")
-        checkpoint = Checkpoint(tmp_path / "tiny", prompts=PROMPTS, original_sizes={"I": [40, 80]})
-        sampler = load_sampler(checkpoint, Config(sample=CONFIG))
-        assert sampler.prompts == {**PROMPTS, "R": Config().classes["R"].prompt}
+        checkpoint = Checkpoint(tmp_path / "tiny", prompts={"I": "another"}, original_sizes={"I": [40, 80]})
+        classes = ClassTable([Phase(code, code, prompt) for code, prompt in PROMPTS.items()])
+        sampler = load_sampler(checkpoint, Config(sample=CONFIG, classes=classes))
+        assert sampler.prompts == PROMPTS  # what the config asks with, not what the checkpoint was trained with
         assert (sampler.dtype_name, bool(sampler.device_model)) == ("float32", True)
         batch = sampler.generate(REQUESTS)
         assert batch.original_sizes == [80, SIZE, 40]

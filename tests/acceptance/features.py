@@ -41,9 +41,8 @@ def dataset_features(dataset: Dataset, rows: Sequence[dict[str, Any]], folder: P
     file = folder / f"{dataset.name}-{len(rows)}-{SIZE}px-{pixels}.npy"
     if file.exists():
         return np.load(file)
-    features = image_features(
-        image for _, image in tqdm(dataset.images(rows), f"features of {dataset.name}", len(rows))
-    )
+    images = tqdm(dataset.images(rows), f"features of {dataset.name}", len(rows), disable=None)  # None: off in a log
+    features = image_features(pixels for _, pixels in images)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(file, features)
     return features

@@ -11,8 +11,9 @@ Training, validation and test patients are the real dataset's own splits.
 2. Fidelity: the same classifier's recall of each phase on synthetic crops, at most 5 points below that on test crops.
 3. Diversity: the mean pairwise (Euclidean) distance within a phase, at least 0.8 of that among as many real training
    crops.
-4. Copies: each synthetic crop's distance (cosine) to the nearest training crop of its phase; for scale, that of held-out
-   (validation and test) crops. No criterion, but a PNG to judge by: 8 synthetic crops a phase, each left of its nearest.
+4. Copies: each synthetic crop's distance (cosine) to the nearest training crop of its phase; for scale, that of
+   held-out (validation and test) crops. No criterion, but a PNG to judge by: 8 synthetic crops a phase, each left of
+   its nearest.
 """
 
 from __future__ import annotations
