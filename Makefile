@@ -56,7 +56,7 @@ venv: $(READY)  ## make the environment, or bring it up to date
 $(READY): constraints.txt setup.cfg
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; say make PYTHON=python3.11 ..."; exit 2; }
-	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(RUN)/pip || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev]'
 	touch $(READY)

@@ -1,11 +1,11 @@
-"""Typed configuration: YAML file, then `--set a.b=c`; unknown keys are refused. And the job's fingerprint."""
+"""Typed configuration: YAML file, then `--set a.b=c`; unknown keys and impossible values are refused. Fingerprints."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import types
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +43,9 @@ class VaeTrainConfig:
     ema_decay: float = 0.995
     autocast: bool = False  # bfloat16 arithmetic on the CPU too; a GPU always uses it
 
+    def __post_init__(self) -> None:
+        _at_least(self, "train.vae", steps=0, batch_size=1, learning_rate=0, kl_weight=0, gradient_weight=0)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -65,6 +68,11 @@ class TrainConfig:
     threads: int = 1
     vae: VaeTrainConfig = field(default_factory=VaeTrainConfig)
 
+    def __post_init__(self) -> None:
+        _at_least(self, "train", size=8, steps=1, batch_size=1, learning_rate=0, weight_decay=0, grad_norm=0)
+        _at_least(self, "train", prompt_dropout=0, ema_decay=0, min_snr_gamma=0, checkpoint_every=1)
+        _at_least(self, "train", keep_checkpoints=1, threads=1)
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -78,6 +86,9 @@ class SampleConfig:
     batch_size: int = 8
     dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU
 
+    def __post_init__(self) -> None:
+        _at_least(self, "sample", size=8, steps=1, guidance=1, batch_size=1)  # guidance 1 samples without guidance
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -88,6 +99,9 @@ class ScoreConfig:
     panel: int = 16
     panel_seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(self, "score", ssim_size=11, ssim_stride=1, panel=1)  # SSIM's window is 11 px wide
+
 
 @dataclass(frozen=True)
 class ShardsConfig:
@@ -95,6 +109,11 @@ class ShardsConfig:
 
     images_per_shard: int = 200
     codec: str = "png"
+
+    def __post_init__(self) -> None:
+        _at_least(self, "shards", images_per_shard=1)
+        if self.codec != "png":
+            raise BuilderError(f"shards.codec is '{self.codec}'", "images are kept without loss, as png")
 
 
 @dataclass(frozen=True)
@@ -135,8 +154,6 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
 
     Raises BuilderError for a missing file, an unknown key (the nearest one is suggested) or a value of a wrong type.
     """
-    import yaml
-
     data: dict[str, Any] = {}
     where = "the defaults"
     if source is not None:
@@ -148,18 +165,22 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
         key, equals, value = override.partition("=")
         if not equals:
             raise BuilderError(f"--set {override} has no '='", "write --set sample.steps=12")
-        _put(data, key.strip().split("."), yaml.safe_load(value), override)
+        _put(data, key.strip().split("."), _parse(value, f"--set {override}", "quote the value"), override)
     return _build(Config, data, where, "")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file; with `extends: OTHER` (a config beside it, or in configs/) on top of that one's."""
+def _parse(text: str | bytes, what: str, remedy: str) -> Any:
     import yaml
 
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BuilderError(f"{path} is not valid YAML: {error}", "mend the file") from None
+        raise BuilderError(f"{what} is not valid YAML: {error}", remedy) from None
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a YAML file; with `extends: OTHER` (a config beside it, or in configs/) on top of that one's."""
+    data = _parse(path.read_bytes(), str(path), "mend the file") or {}
     if not isinstance(data, dict):
         raise BuilderError(f"{path} holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
     base = data.pop("extends", None)
@@ -167,9 +188,10 @@ def _read(path: Path) -> dict[str, Any]:
         return data
     beside = path.parent / f"{base}.yaml"
     other = beside if beside.is_file() else find_config(str(base))
-    if other.resolve() == path.resolve():
+    chain = (*extended_by, path.resolve())
+    if other.resolve() in chain:
         raise BuilderError(f"{path} extends itself", "name another config under `extends:`")
-    return _merged({**_read(other), "name": path.stem}, data)
+    return _merged({**_read(other, chain), "name": path.stem}, data)
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +246,10 @@ def _plain(value: Any) -> Any:
 
 def _build(kind: Any, data: Any, where: str, prefix: str) -> Any:
     if not isinstance(data, dict):
-        raise BuilderError(f"{where}: '{prefix.rstrip('.')}' must hold keys and values, not {data!r}", "")
+        raise BuilderError(
+            f"{where}: '{prefix.rstrip('.')}' must hold keys and values, not {data!r}",
+            "write `key: value` lines below it",
+        )
     types_of = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     values = {}
@@ -241,8 +266,6 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
     if kind is ClassTable:
         return _classes(value, where)
     expected = typing.get_origin(kind) or kind
-    if expected is types.UnionType:
-        expected = typing.get_args(kind)
     if expected is float and isinstance(value, str):
         value = _number(value)  # YAML reads 1e-3 as text
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
@@ -251,6 +274,14 @@ def _value(kind: Any, value: Any, where: str, key: str) -> Any:
         name = getattr(kind, "__name__", str(kind))
         raise BuilderError(f"{where}: '{key}' is {value!r}", f"it must be of type {name}")
     return value
+
+
+def _at_least(section: Any, name: str, **least: float) -> None:
+    """Refuse numbers of a config section that are not finite or too small; such a job would hang or fail late."""
+    for key, low in least.items():
+        value = getattr(section, key)
+        if not low <= value < math.inf:
+            raise BuilderError(f"{name}.{key} is {value}", f"it must be a number of at least {low}")
 
 
 def _number(text: str) -> Any:

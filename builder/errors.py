@@ -14,10 +14,9 @@ class BuilderError(Exception):
         self.remedy = remedy
         super().__init__(f"{what}\n  {remedy}" if remedy else what)
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[BuilderError], tuple[str, str]]:  # a worker process hands its error to the parent by pickle
-        return type(self), (self.what, self.remedy)
+    def __reduce__(self) -> tuple[type[BuilderError], tuple[str, str]]:
+        """A worker process hands its error to the parent by pickle."""
+        return BuilderError, (self.what, self.remedy)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -34,9 +34,10 @@ class ClassTable:
         if len(self.phases) > MAX_PHASES:
             raise BuilderError(f"{len(self.phases)} classes are declared", f"at most {MAX_PHASES} are possible")
         for code in self.codes:
-            if not re.fullmatch(r"[A-Za-z0-9_]+", code):
+            if not re.fullmatch(r"[A-Za-z0-9_]{1,16}", code):
                 raise BuilderError(
-                    f"class code '{code}' is not of [A-Za-z0-9_]", "rename it: it becomes part of file names"
+                    f"class code '{code}' is not of [A-Za-z0-9_], at most 16 characters",
+                    "rename it: it becomes part of file names",
                 )
 
     @property
@@ -76,11 +77,11 @@ class ClassTable:
         else:
             wanted = [selection] if selection in self._label else list(selection)
         unknown = [code for code in wanted if code not in self._label]
-        if unknown:
+        if unknown or not wanted:
             there = ", ".join(f"{phase.code} ({phase.name})" for phase in self)
+            what = f"unknown phase {', '.join(repr(code) for code in unknown)}" if unknown else "there is no phase"
             raise BuilderError(
-                f"unknown phase {', '.join(repr(code) for code in unknown)} in '{selection}'",
-                f"the phases are {there}; write them as {','.join(self.codes)}",
+                f"{what} in '{selection}'", f"the phases are {there}; write them as {','.join(self.codes)}"
             )
         return [code for code in self.codes if code in wanted]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,15 +62,22 @@ def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return run
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    write_real(root, per_phase=12, size=24)
+    (root / "tiny.yaml").write_text(TINY)
+    words = ["--config", "tiny.yaml", "--count", "12", "--checkpoint", str(tiny_checkpoint), "--engine", "inline"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        cli.main(["shards", *words], standalone_mode=False)
+    return root
+
+
 @pytest.fixture
-def made(builder, tmp_path: Path, tiny_checkpoint: Path) -> Path:
+def made(builder, tmp_path: Path, made_once: Path) -> Path:
     """A working directory with the real dataset `clinic` and the synthetic `tiny-IPR` of 12 images."""
-    write_real(tmp_path, per_phase=12, size=24)
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    result = builder(
-        "shards", "--config", "tiny.yaml", "--count", "12", "--checkpoint", tiny_checkpoint, "--engine", "inline"
-    )
-    assert result.code == 0, result.output
+    shutil.copytree(made_once, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -194,6 +202,16 @@ def test_black_and_flat_images_never_pass_the_gates(builder, made: Path) -> None
         (["--engine", "cluster"], ["unknown engine"]),
         (["--workers", "0"], ["--workers is 0"]),
         (["--name", "a/b"], ["not of [A-Za-z0-9_-]"]),
+        (["--name", "a" * 65], ["at most 64 characters"]),
+        (["--phases", ","], ["there is no phase in ','"]),
+        (["--weights", "I=nan"], ["weights must be positive"]),
+        (["--count", "100000000"], ["seeds are there", "--seed"]),
+        (["--guidance", "nan"], ["sample.guidance is nan"]),
+        (["--set", "sample.batch_size=0"], ["sample.batch_size is 0"]),
+        (["--set", "shards.images_per_shard=0"], ["shards.images_per_shard is 0"]),
+        (["--set", "shards.codec=jpg"], ["shards.codec is 'jpg'"]),
+        (["--set", "sample.steps=["], ["is not valid YAML"]),
+        (["--config", "wound-type"], ["the config has the classes D, P, S, V", "I, P, R"]),
         (["--size", "17"], ["17"]),
         (["--set", "sample.scheduler=ddimm"], ["ddim"]),
         (["--guidance", "3.5", "--name", "tiny-IPR"], ["guidance: 3.0 there, 3.5 now"]),
@@ -216,6 +234,64 @@ def test_bad_input_of_shards(builder, made: Path, words: list[str], said: list[s
     assert not list(made.glob("shards/fresh/*"))
 
 
+def test_a_mistake_in_the_settings_can_be_mended_under_the_same_name(builder, made: Path) -> None:
+    """Not even the size, which the gates depend on, is held against a run that made no shard."""
+    words = ["shards", "--config", "tiny.yaml", "--count", "4", "--name", "fresh", "--engine", "inline"]
+    words += ["--checkpoint", builder_checkpoint(made)]
+    refused(builder(*words, "--size", "17"), "17")
+    result = builder(*words)
+    assert result.code == 0, result.output
+    assert '"image_size": 16' in (made / "manifests/fresh/reference.json").read_text()
+
+
+def test_one_damaged_dataset_is_listed_can_be_removed_and_stops_nobody(builder, made: Path) -> None:
+    shutil.copytree(made / "manifests/tiny-IPR", made / "manifests/torn")
+    for text in ("{", "[1]", "\udcff", '{"classes": [], "state": "complete"}', '{"classes": [{}]}'):
+        (made / "manifests/torn/dataset.json").write_bytes(text.encode(errors="surrogateescape"))
+        listed = builder("list")
+        assert listed.code == 0
+        assert "torn" in listed.output and "damaged" in listed.output
+        refused(builder("verify", "torn"), "manifests/torn/dataset.json", "builder rm torn")
+        assert builder("verify").code == 0
+    assert builder("rm", "torn", "--yes").code == 0
+    assert not (made / "manifests/torn").exists()
+
+
+def test_a_filtered_dataset_stands_alone_and_is_no_job_to_continue(builder, made: Path) -> None:
+    assert builder("filter", "--min-ssim=-1", "tiny-IPR", "--no-gates").code == 0
+    words = ["shards", "--config", "tiny.yaml", "--count", "20", "--checkpoint", builder_checkpoint(made)]
+    refused(builder(*words, "--name", "tiny-IPR-accepted", "--engine", "inline"), "no batch job made")
+    assert builder("rm", "tiny-IPR", "--yes").code == 0
+    again = builder("filter", "tiny-IPR-accepted", "--dry-run")
+    assert again.code == 0, again.output
+    assert "flat images" in again.output
+
+
+def test_configs_that_extend_each_other_are_refused(builder, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("extends: two\n")
+    (tmp_path / "two.yaml").write_text("extends: one\n")
+    refused(builder("shards", "--count", "1", "--config", "one.yaml"), "extends itself")
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_partial_shard(builder, made: Path, monkeypatch) -> None:
+    """The disk is full from the second shard on: the tar, the log, everything."""
+    real_fsync = os.fsync
+    room = iter(range(2 * 2 + 2 * 3))  # two fsyncs a file: dataset.json, reference.json; tar and manifest; then half
+
+    def fsync(handle: int) -> None:
+        if next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        real_fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    words = ["--config", "tiny.yaml", "--count", "24", "--checkpoint", builder_checkpoint(made), "--engine", "inline"]
+    refused(builder("shards", *words, "--name", "full"), "shard 1 of 'full' cannot be written", "No space left")
+    monkeypatch.setattr(os, "fsync", real_fsync)
+    assert Dataset("full", Storage(made)).shard_numbers() == [0]
+    assert builder("verify", "full", "--partial").code == 0
+    assert builder("shards", *words, "--name", "full").code == 0
+
+
 def test_phases_are_written_either_way(builder, made: Path) -> None:
     for written in ("I,P,R", "IPR", "R P I"):
         result = builder(
@@ -234,8 +310,6 @@ def test_phases_are_written_either_way(builder, made: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused_with_the_layer(builder, made: Path, tiny_checkpoint: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     broken = made / "broken"
@@ -268,6 +342,9 @@ def test_weights_of_another_shape_are_refused_with_the_layer(builder, made: Path
         (["filter", "--min-sssim", "0.7"], ["did you mean 'ssim'"]),
         (["filter", "--minimum-ssim", "0.7"], ["no such option"]),
         (["filter", "--min-ssim"], ["needs a number"]),
+        (["filter", "--max-ssim", "inf"], ["needs a number"]),
+        (["filter", "--min-ssim", "0.7", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),
+        (["filter", "--no-gates", "--name", "tiny-IPR"], ["'tiny-IPR' exists", "--name"]),
         (["filter", "--where", "nope ="], ["no condition over the manifest"]),
         (["filter", "clinic"], ["never scored", "builder score clinic"]),
         (["verify", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from builder.config import CropsConfig
 from builder.crops.boxes import read_boxes
@@ -21,10 +21,12 @@ from builder.crops.pack import PackRequest, pack
 from builder.crops.patients import KEY_VARIABLE, PatientKey, find_key, photograph_group
 from builder.crops.photographs import Photographs
 from builder.crops.split import SPLITS, split_patients
+from builder.crops.tables import patient_id
 from builder.demo.phantom_dataset import ensure_phantom
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
+from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 
 KEY = b"a key of the test"
@@ -147,6 +149,37 @@ def test_exif_orientation_is_applied(tmp_path, orientation):
     upright = {1: stored, 3: stored[::-1, ::-1], 6: np.rot90(stored, -1), 8: np.rot90(stored)}
     if orientation in upright:
         assert (np.asarray(turned) == upright[orientation]).all()
+
+
+def test_exif_behind_the_pixels_of_a_png_is_found_without_decoding_them(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = photograph(tmp_path / "a.png", 30, 20, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4])
+    path.write_bytes(data[:start] + data[stop:-12] + data[start:stop] + data[-12:])  # before the last chunk, IEND
+    assert decode(path).size == (20, 30)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert photograph_size(path) == (20, 30)
+    assert photograph_size(photograph(tmp_path / "b.png", 30, 20)) == (30, 20)
+
+
+def test_a_colour_profile_is_applied_but_not_to_masks(tmp_path):
+    """Linear light (gamma 1) is brightened to sRGB; a broken profile counts as none."""
+    pixels = np.full((4, 4), 55, np.uint8)
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in (b"rTRC", b"gTRC", b"bTRC"):  # each an entry of the tag table: signature, offset, length
+        at = profile.index(tag)
+        offset = int.from_bytes(profile[at + 4 : at + 8])
+        profile[offset : offset + 14] = b"curv" + bytes(4) + (1).to_bytes(4) + (256).to_bytes(2)  # gamma 1.0
+    grey = Image.fromarray(np.dstack([pixels] * 3))
+    for image in (grey, grey.convert("RGBA"), grey.quantize(2)):
+        image.save(tmp_path / "a.png", icc_profile=bytes(profile))
+        assert np.abs(np.asarray(decode(tmp_path / "a.png")).astype(int) - 128).max() <= 1
+        assert (np.asarray(decode(tmp_path / "a.png", colour=False)) == 55).all()
+        image.save(tmp_path / "a.png", icc_profile=b"broken")
+        assert (np.asarray(decode(tmp_path / "a.png")) == 55).all()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -300,6 +333,17 @@ def test_hashes_are_hmac_sha256_under_the_key():
     assert "Jefe" not in repr(PatientKey(b"Jefe", ""))
 
 
+def test_a_patients_number_has_one_spelling(tmp_path):
+    assert [patient_id(text) for text in ("7", "07", "7.0", "0", "P07", "1.5", "")] == [
+        "7", "7", "7", "0", "P07", "1.5", "",
+    ]  # fmt: skip
+    photograph(tmp_path / "p" / "a.png")
+    boxes = write(tmp_path / "b.csv", "file,xmin,ymin,xmax,ymax,patient\na.png,1,2,3,4,07\n")
+    assert read_boxes(boxes, Photographs(tmp_path / "p")).boxes[0].patient == "7"
+    labels = write(tmp_path / "l.csv", "file,label,patient\na.png,I,7.0\n")
+    assert read_labels(labels, Photographs(tmp_path / "p"), Codes(HEALING_PHASES)).patients == {"a.png": "7"}
+
+
 def test_key_is_made_once_and_kept_to_its_owner(tmp_path, monkeypatch):
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     storage = Storage(tmp_path / "out")
@@ -392,8 +436,10 @@ def test_pack_makes_every_box_a_crop_with_its_row(hospital, tmp_path):
     assert Counter(row["phase"] for row in rows) == {"I": 9, "P": 9, "R": 9}
     assert {row["key"] for row in rows} == {f"real-{code}-{n:08d}" for code in "IPR" for n in range(9)}
     key = PatientKey(KEY, "")
+    names = {key.hash(f"photograph {path.name}"): path.name for path in hospital.photographs.iterdir()}
     for row, pixels in real.images(rows):
-        name = row["source"]
+        name = names[row["source"]]  # the name itself, which has the patient's number, is nowhere
+        assert name.removesuffix(".png").encode() not in real.storage.read(row["shard"])
         assert row["patient"] == key.hash(name[1])
         original = np.asarray(Image.open(hospital.photographs / name))
         left, _top = next(  # the box, found in the photograph, is one of those asked for
@@ -448,10 +494,16 @@ def test_a_partial_pack_is_begun_anew_with_the_same_bytes(hospital, tmp_path):
 
 def test_a_dataset_of_another_kind_is_never_touched(hospital, tmp_path):
     made = dataset(tmp_path)
-    made.write_info({"origin": "synthetic", "state": "partial"})
+    made.write_info({"origin": "synthetic", "state": "partial", "classes": HEALING_PHASES.to_json()})
     with pytest.raises(BuilderError, match=r"was not made by `builder pack`"):
         pack(hospital, made, progress=False)
     assert made.info["origin"] == "synthetic"
+
+
+def test_two_packs_of_one_name_do_not_meet(hospital, tmp_path):
+    with exclusive(dataset(tmp_path)), pytest.raises(BuilderError, match="another job is writing dataset 'real'"):
+        pack(hospital, dataset(tmp_path), progress=False)
+    assert pack(hospital, dataset(tmp_path), progress=False).count == 27
 
 
 def test_full_disk_leaves_nothing(hospital, tmp_path, monkeypatch):
@@ -536,7 +588,8 @@ def test_photograph_without_a_box(hospital, tmp_path):
         pack(changed(hospital, without_box="whole"), dataset(tmp_path, "whole"), progress=False)
     whole = changed(hospital, without_box="whole", group_by="photograph")
     assert pack(whole, dataset(tmp_path, "whole"), progress=False).count == 28
-    row = next(row for row in dataset(tmp_path, "whole").table().to_pylist() if row["source"] == "extra.png")
+    extra = PatientKey(KEY, "").hash("photograph extra.png")
+    row = next(row for row in dataset(tmp_path, "whole").table().to_pylist() if row["source"] == extra)
     assert row["box"] is None
     assert (row["phase"], row["width"], row["height"]) == ("R", 40, 40)
 

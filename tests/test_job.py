@@ -6,7 +6,10 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,19 @@ import pytest
 
 from builder.config import Config, SampleConfig, ScoreConfig, ShardsConfig
 from builder.errors import BuilderError
-from builder.job.lock import exclusive
+from builder.job.engines import local
 from builder.job.pending import committed_units
-from builder.job.plan import Plan
+from builder.job.plan import Plan, Unit
 from builder.job.regenerate import Regenerator
 from builder.job.run import run_job
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import read_checkpoint
 from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
+from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
+from builder.shards.writer import write_manifest
 from tests.conftest import write_real
 
 CONFIG = Config(
@@ -157,8 +162,6 @@ def test_regenerate_agrees_and_says_by_how_much_when_it_does_not(spec: JobSpec) 
     table = dataset.shard_table(0)
     rows = table.to_pylist()
     rows[0]["reserve"], rows[0]["sha256"], rows[0]["device"] = 1, "0" * 64, "another machine"
-    from builder.shards.writer import write_manifest
-
     write_manifest(dataset.storage, path, table.from_pylist(rows, schema=table.schema))
     comparison = regenerator.compare(rows[0]["key"])
     assert not comparison.identical
@@ -274,6 +277,96 @@ def test_a_killed_worker_is_replaced(spec: JobSpec, tmp_path: Path) -> None:
     other = dataclasses.replace(spec, out=str(tmp_path / "other"))
     run(other, 20)
     assert tars(spec.out) == tars(other.out)
+
+
+ORPHANS = """
+import os, pickle, sys, threading
+from builder.job.run import run_job
+
+def report():
+    import multiprocessing
+    while len(children := multiprocessing.active_children()) < 2:
+        pass
+    print(*(child.pid for child in children), flush=True)
+
+if __name__ == "__main__":
+    with open(sys.argv[1], "rb") as file:
+        spec = pickle.load(file)
+    threading.Thread(target=report, daemon=True).start()
+    run_job(spec, 100_000, lineage={}, licence={}, engine="local", workers=2, say=lambda _: None)
+"""
+
+
+def test_workers_leave_when_their_parent_is_killed(spec: JobSpec, tmp_path: Path) -> None:
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    (tmp_path / "spec.pickle").write_bytes(pickle.dumps(spec))
+    job = subprocess.Popen(
+        [sys.executable, str(tmp_path / "orphans.py"), str(tmp_path / "spec.pickle")],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert job.stdout
+    workers = [int(word) for word in job.stdout.readline().split()]
+    assert len(workers) == 2
+    job.kill()
+    job.wait()
+    for _ in range(1200):
+        if not any(alive(pid) for pid in workers):
+            return
+        time.sleep(0.05)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    raise AssertionError("a worker outlived its parent")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+class Silent:
+    """A report to nobody."""
+
+    def batch(self, images: int) -> None: ...
+
+    def done(self, unit: Unit, replaced: int) -> None: ...
+
+    def failed(self, unit: Unit, reason: str) -> None: ...
+
+
+def test_workers_that_cannot_load_end_the_run_and_the_log_says_why(spec: JobSpec, caplog) -> None:
+    broken: Any = dataclasses.replace(spec, checkpoint=None)  # a fault that no BuilderError foresees
+    with pytest.raises(BuilderError, match="workers die while loading"):
+        local.run(broken, [Unit(0, 0, 4)], 1, Silent())
+    assert caplog.text.count("worker 0 cannot load") == local.MAX_FAILURES
+    assert "TypeError" in caplog.text
+
+
+def test_what_a_killed_run_was_writing_is_swept_away(spec: JobSpec) -> None:
+    half = Path(spec.out) / "shards/tiny-IPR/.tmp-half"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half a tar")
+    run(spec, 4)
+    assert not half.exists()
+
+
+def test_a_manifest_that_is_damaged_or_no_jobs_is_refused_by_name(spec: JobSpec) -> None:
+    dataset = run(spec, 16).dataset
+    second = Path(dataset.storage.path("manifests/tiny-IPR/shard-000001.parquet"))
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-30])
+    with pytest.raises(BuilderError, match=r"shard-000001\.parquet cannot be read") as refused:
+        run(spec, 24)
+    assert "remove this file" in refused.value.remedy
+    second.unlink()
+    run(spec, 16)
+    assert verify_dataset(dataset) == []
+    write_manifest(
+        dataset.storage, "manifests/tiny-IPR/shard-000002.parquet", dataset.shard_table(0).replace_schema_metadata({})
+    )
+    with pytest.raises(BuilderError, match="not written by a batch job"):
+        run(spec, 24)
 
 
 def test_two_jobs_on_one_dataset_are_refused(spec: JobSpec) -> None:

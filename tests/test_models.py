@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -218,6 +220,26 @@ def test_other_families_are_refused(copied: Path) -> None:
     (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(BuilderError, match="StableDiffusionPipeline"):
         load_pipeline(copied)
+
+
+def test_loading_and_saving_say_nothing(saved: Checkpoint, tmp_path: Path) -> None:
+    """In a fresh process: importing a pipeline advises torchvision, and every file of weights has a progress bar."""
+    code = (
+        "from dataclasses import replace; from pathlib import Path; import sys; "
+        "from builder.models.checkpoint import read_checkpoint, save_checkpoint; "
+        "from builder.models.load import load_pipeline; "
+        "found = read_checkpoint(Path(sys.argv[1])); "
+        "save_checkpoint(load_pipeline(found), replace(found, path=Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", code, str(saved.path), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (tmp_path / "again/checkpoint.json").is_file()
+
+
+def test_a_checkpoint_of_a_run_is_named_with_it(saved: Checkpoint) -> None:
+    assert saved.name == "tiny"
+    assert Checkpoint(Path("checkpoints/clinic/step-000100")).name == "clinic/step-000100"
 
 
 def test_missing_checkpoint_lists_what_is_there(saved: Checkpoint, tmp_path: Path, monkeypatch) -> None:

@@ -30,7 +30,9 @@ def sample() -> list[Photograph]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("phantom")
-    write_photographs(out, patients=3, workers=2)
+    summary = write_photographs(out, patients=3, workers=2)
+    photographs = len(list((out / "photographs").iterdir()))
+    assert str(summary).startswith(f"{photographs} photographs of 3 patients with {summary.boxes} boxes (I ")
     return out
 
 

@@ -50,7 +50,10 @@ def test_a_plan_of_ten_million_is_cheap_to_look_into() -> None:
     assert sum(plan.counts(10_000_001).values()) == 10_000_001
 
 
-@pytest.mark.parametrize("bad", [{"I": 0}, {"I": -1}, {"X": 1}, {"I": 0.001, "P": 999.999}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"I": 0}, {"I": -1}, {"I": float("nan")}, {"I": float("inf")}, {"I": 1e-9}, {"X": 1}, {"I": 0.001, "P": 999.999}],
+)
 def test_bad_weights_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(BuilderError):
         Plan.of("IP", bad)

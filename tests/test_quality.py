@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from PIL import Image
 from builder.config import ScoreConfig
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES
-from builder.quality.gates import make_gates, passes
+from builder.quality.gates import Gates, gate_ranges, make_gates
 from builder.quality.panel import choose_panel, panel_sha256, spread
 from builder.quality.reference import (
     Reference,
@@ -37,6 +38,7 @@ from builder.quality.sheet import CELL, contact_sheet
 from builder.quality.ssim import PanelSSIM, bring_to
 from builder.quality.statistics import image_statistics
 from builder.shards.dataset import Dataset, resize
+from builder.shards.filter import Criteria, judge
 from builder.shards.foreign import adopt, is_foreign
 from builder.shards.schema import SCORE_NAMES
 from builder.shards.storage import Storage
@@ -204,27 +206,39 @@ def test_sharpness_ignores_contrast_and_mean_colour() -> None:
     assert [image_statistics(red)[f"mean_{c}"] for c in "rgb"] == [200, 0, 0]
 
 
+def passing(rows: list[dict[str, float]], gates: Gates) -> list[bool]:
+    """Which rows of statistics a filter lets through."""
+    table = pa.Table.from_pylist([{"phase": "I", **row} for row in rows])
+    return [not reasons for reasons in judge(table, Criteria(tuple(gate_ranges({"I": gates}))))]
+
+
 def test_gates_turn_away_spoilt_phantoms_and_pass_real_ones(phantoms: list[np.ndarray]) -> None:
     train, held_out = phantoms[::2], phantoms[1::2]
     gates = make_gates([image_statistics(c) for c in train], [image_statistics(blurred(c)) for c in train])
-    assert np.mean([not passes(image_statistics(crop), gates) for crop in held_out]) >= 0.8  # few crops: rough gates
+    assert np.mean(passing([image_statistics(crop) for crop in held_out], gates)) >= 0.8  # few crops: rough gates
     black = np.zeros((64, 64, 3), np.uint8)
     near_black = np.random.default_rng(0).integers(0, 4, (64, 64, 3), dtype=np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     spoilt = [black, near_black, noise, *map(flat, phantoms), *map(blurred, phantoms)]
     spoilt += [blurred(resize(crop, 64)) for crop in phantoms]
-    assert [place for place, image in enumerate(spoilt) if not passes(image_statistics(image), gates)] == []
+    assert not any(passing([image_statistics(image) for image in spoilt], gates))
 
 
-def test_reasons_name_statistic_value_and_limit() -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(0.05, 0.9), min_size=1, max_size=30), st.lists(st.floats(0, 0.5), min_size=1, max_size=30))
+def test_no_blurred_crop_passes_even_where_real_ones_are_as_soft(real: list[float], soft: list[float]) -> None:
+    def rows(sharpness: list[float]) -> list[dict[str, float]]:
+        return [{"sharpness": value, "contrast": 20.0, "clipped": 0.0} for value in sharpness]
+
+    gates = make_gates(rows(real), rows(soft))
+    assert not any(passing(rows([*soft, 0.0]), gates))
+
+
+def test_gates_turn_away_what_is_missing_or_not_a_number() -> None:
     gates = {"sharpness": [0.2, 0.6], "contrast": [5.0, 127.5], "clipped": [0.0, 0.1]}
-    assert passes({"sharpness": 0.4, "contrast": 20.0, "clipped": 0.0}, gates) == []
-    assert passes({"sharpness": 0.1, "contrast": float("nan"), "clipped": 0.5}, gates) == [
-        "sharpness 0.1 < 0.2",
-        "contrast nan < 5",
-        "clipped 0.5 > 0.1",
-    ]
-    assert passes({"sharpness": 0.4, "contrast": None, "clipped": 0.0}, gates) == ["contrast missing"]
+    sound = {"sharpness": 0.4, "contrast": 20.0, "clipped": 0.0}
+    spoilt = [{"sharpness": 0.1}, {"contrast": float("nan")}, {"contrast": None}, {"clipped": 0.5}]
+    assert passing([sound, *({**sound, **change} for change in spoilt)], gates) == [True, False, False, False, False]
 
 
 # -- panel and reference --------------------------------------------------------------------------------
@@ -275,15 +289,20 @@ def test_reference_survives_json_and_names_what_it_stands_on(real: Dataset) -> N
     assert [table.num_rows for table in tables.values()] == [held_out] * 3
     real_ssim, _, flat_ssim = (np.mean(table["ssim"].to_pylist()) for table in tables.values())
     assert np.isfinite([real_ssim, flat_ssim]).all()
-    gated = [[not passes(row, reference.gates[row["phase"]]) for row in table.to_pylist()] for table in tables.values()]
-    assert not any(gated[1])
-    assert not any(gated[2])
+    gates = Criteria(tuple(gate_ranges(reference.gates)))
+    kept = [[not reasons for reasons in judge(table, gates)] for table in tables.values()]
+    assert any(kept[0])
+    assert not any(kept[1] + kept[2])
 
 
 def test_scorer_refuses_another_protocol_or_changed_crops(real: Dataset, tmp_path: Path) -> None:
     reference = build_reference(real, SMALL, "I")
     with pytest.raises(BuilderError, match="ssim_stride 7 -> 9"):
         Scorer(reference, real, dataclasses.replace(SMALL, ssim_stride=9))
+    with pytest.raises(BuilderError, match="panel_size 3 -> 4"):
+        Scorer(reference, real, dataclasses.replace(SMALL, panel=4))
+    with pytest.raises(BuilderError, match="score_version 0 -> "):
+        Scorer(dataclasses.replace(reference, score_version=0), real, SMALL)
     with pytest.raises(BuilderError, match="no longer holds the panel"):
         Scorer(reference, write_real(tmp_path / "other", name="other"), SMALL)
     with pytest.raises(TypeError, match="uint8"):
@@ -443,6 +462,10 @@ def test_sheets_say_what_is_wrong(real: Dataset, tmp_path: Path) -> None:
         contact_sheet(real, tmp_path / "x.png", by="sim")
     with pytest.raises(BuilderError, match="at least one"):
         contact_sheet(real, tmp_path / "x.png", per_phase=0)
+    other = Dataset("other", real.storage)
+    other.write_info({**real.info, "name": "other", "classes": [{"code": "P", "name": "pressure", "prompt": ""}]})
+    with pytest.raises(BuilderError, match="'other' has P"):
+        contact_sheet(real, tmp_path / "x.png", against=other)
 
 
 # -- imports --------------------------------------------------------------------------------

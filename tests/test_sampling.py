@@ -294,7 +294,7 @@ class TestSampler:
             ({"scheduler": "euler_a"}, "did you mean 'euler'"),
             ({"dtype": "bf16"}, "unknown dtype"),
             ({"size": 33}, "multiple of"),
-            ({"size": 0}, "multiple of"),
+            ({"size": 0}, "size"),
             ({"steps": 0}, "steps"),
             ({"guidance": 0.5}, "guidance"),
             ({"batch_size": 0}, "batch_size"),

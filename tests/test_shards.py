@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset, find_dataset, resize
 from builder.shards.filter import Criteria, Range, filter_dataset, judge
+from builder.shards.lock import exclusive
 from builder.shards.remove import remove_dataset
 from builder.shards.storage import TEMPORARY, Storage
 from builder.shards.verify import stray_tars, verify_dataset
@@ -111,6 +113,22 @@ def test_verify_finds_a_wrong_label_and_wrong_pixels(clinic: Dataset) -> None:
     assert "pixels" in findings
 
 
+def test_verify_finds_a_missing_member(clinic: Dataset) -> None:
+    """Repacked by a stranger without the label files, and the manifest's hash made to agree."""
+    path = Path(clinic.storage.path(tar_path("clinic", 0)))
+    table, buffer = clinic.shard_table(0), io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=buffer, mode="w") as new:
+        for member in old.getmembers():
+            if not member.name.endswith("I-00000001.cls"):
+                new.addfile(member, old.extractfile(member))
+    path.write_bytes(buffer.getvalue())
+    sha = hashlib.sha256(buffer.getvalue()).hexdigest()
+    write_manifest(
+        clinic.storage, "manifests/clinic/shard-000000.parquet", table.replace_schema_metadata({"tar_sha256": sha})
+    )
+    assert any("member clinic-I-00000001.cls is missing" in finding for finding in verify_dataset(clinic))
+
+
 def test_verify_reports_a_truncated_manifest(clinic: Dataset) -> None:
     path = Path(clinic.storage.path("manifests/clinic/shard-000001.parquet"))
     path.write_bytes(path.read_bytes()[:-20])
@@ -180,6 +198,40 @@ def test_a_view_copies_no_image_and_verifies(clinic: Dataset) -> None:
         remove_dataset(clinic.storage, "clinic")
 
 
+def test_no_view_loses_its_images_and_a_view_of_a_view_neither(clinic: Dataset) -> None:
+    scored(clinic)
+    seen, again = Dataset("seen", clinic.storage), Dataset("again", clinic.storage)
+    filter_dataset(clinic, Criteria((Range("ssim", low=0.7),)), seen, view=True)
+    filter_dataset(seen, Criteria((Range("ssim", low=0.9),)), again, view=True)
+    assert remove_dataset(clinic.storage, "seen") == ["manifests/seen"]
+    assert verify_dataset(again) == []
+    with pytest.raises(BuilderError, match="again"):
+        remove_dataset(clinic.storage, "clinic")
+
+
+def test_a_filter_overwrites_nothing_but_its_own_leftovers(clinic: Dataset) -> None:
+    """An unfinished dataset of the wanted name may be a job's, or the source itself."""
+    scored(clinic)
+    clinic.write_info(clinic.info | {"state": "partial"})
+    Dataset("job", clinic.storage).write_info(clinic.info | {"name": "job"})
+    criteria = Criteria((Range("ssim", low=0.7),))
+    for name in ("job", "clinic"):
+        with pytest.raises(BuilderError, match=f"'{name}' exists"):
+            filter_dataset(clinic, criteria, Dataset(name, clinic.storage))
+    good = Dataset("good", clinic.storage)
+    filter_dataset(clinic, Criteria(), good)
+    good.write_info(good.info | {"state": "partial"})  # as an interrupted filter leaves it
+    filter_dataset(clinic, criteria, good)
+    assert good.table().num_rows == 22
+    assert clinic.table().num_rows == 36
+
+
+def test_a_dataset_that_is_being_written_is_not_removed(clinic: Dataset) -> None:
+    with exclusive(clinic), pytest.raises(BuilderError, match="another job is writing"):
+        remove_dataset(clinic.storage, "clinic")
+    assert verify_dataset(clinic) == []
+
+
 def test_where_is_sql_and_a_mistake_in_it_is_explained(clinic: Dataset) -> None:
     table = clinic.shard_table(0)
     reasons = judge(table, Criteria(where="phase = 'I' and split <> 'test'"))
@@ -192,7 +244,7 @@ def test_where_is_sql_and_a_mistake_in_it_is_explained(clinic: Dataset) -> None:
 
 def test_missing_and_nan_scores_never_pass(clinic: Dataset) -> None:
     table = clinic.shard_table(0)
-    assert all(judge(table, Criteria((Range("ssim", low=-1.0, reason="no ssim"),))))
+    assert judge(table, Criteria((Range("ssim", low=-1.0, reason="ssim < -1"),)))[0] == ["no ssim: never scored"]
     nan = np.full(table.num_rows, np.nan, np.float32)
     table = table.set_column(table.column_names.index("ssim"), "ssim", [nan])
     assert all(judge(table, Criteria((Range("ssim", high=9.0, reason="nan"),))))

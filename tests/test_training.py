@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +19,12 @@ from hypothesis import strategies as st
 
 from builder.config import Config, ModelConfig, SampleConfig, TrainConfig, VaeTrainConfig
 from builder.errors import BuilderError
-from builder.models.checkpoint import read_checkpoint
+from builder.models.checkpoint import Checkpoint, Lineage, read_checkpoint
 from builder.models.load import load_pipeline
 from builder.models.sdxl import build
 from builder.shards.dataset import Dataset
+from builder.shards.writer import manifest_path, write_manifest
+from builder.training import run as run_module
 from builder.training import stage as stage_module
 from builder.training.data import CropSampler, load_crops, size_quantiles, step_generator
 from builder.training.diffusion import DiffusionObjective, Latents, Prompts, snr_weights
@@ -354,7 +357,6 @@ def test_killed_between_state_and_checkpoint(
     finished: Path, clinic: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash that saves nothing: training goes on from the last state and ends with the same weights."""
-    import builder.training.run as run_module
 
     def crash(*_: Any) -> None:
         raise OSError("power cut")
@@ -429,6 +431,11 @@ def test_training_goes_on_from_a_base(finished: Path, clinic: Dataset, tmp_path:
         (base / "away.json").rename(base / "checkpoint.json")
 
 
+def _with_architecture(part: str, **changes: Any) -> Config:
+    architecture = {**ARCHITECTURE, part: {**ARCHITECTURE.get(part, {}), **changes}}
+    return dataclasses.replace(CONFIG, model=ModelConfig(architecture=architecture))
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -436,11 +443,50 @@ def test_training_goes_on_from_a_base(finished: Path, clinic: Dataset, tmp_path:
         (dataclasses.replace(CONFIG, model=ModelConfig()), "architecture"),
         (dataclasses.replace(CONFIG, model=ModelConfig(base="/nowhere")), "/nowhere"),
         (changed(vae=VaeTrainConfig()), "autoencoder"),
+        (_with_architecture("scheduler", prediction_type="sample"), "predicts 'sample'"),
+        (_with_architecture("vae", latent_channels=16), "16 channels for patches of 2 x 2 px"),
+        (dataclasses.replace(CONFIG, sample=SampleConfig(size=16, scheduler="dpm")), "unknown scheduler 'dpm'"),
     ],
 )
 def test_impossible_configurations(clinic: Dataset, tmp_path: Path, config: Config, said: str) -> None:
     with pytest.raises(BuilderError, match=said):
         train(config, clinic, tmp_path)
+
+
+def test_a_size_that_the_base_cannot_make_is_refused(finished: Path, clinic: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(changed(size=17), model=ModelConfig(base=str(finished / "step-000006")))
+    with pytest.raises(BuilderError, match=r"train.size 17 is not a multiple"):
+        train(config, clinic, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "patients", "base", "known"),
+    [
+        ({"known": True, "key_fingerprint": "k"}, ["a"], None, True),
+        ({"known": False, "key_fingerprint": "k"}, ["a"], None, False),
+        ({"known": True, "key_fingerprint": "k"}, [], None, False),  # a crop without a patient
+        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, "k", ["b"]), True),
+        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, None, []), True),  # of no patients at all
+        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, None, ["b"]), False),
+        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, "other", ["b"]), False),
+        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(), False),
+    ],
+)
+def test_lineage_is_known_when_everything_is(
+    data: dict[str, Any], patients: list[str], base: Lineage | None, known: bool
+) -> None:
+    found = run_module._lineage(data, patients, base and Checkpoint(Path("base"), lineage=base))
+    assert found.known is known
+    assert found.key_fingerprint == "k"
+    assert found.patients == sorted({*patients, *(base.patients if base else [])})
+
+
+def test_crops_of_unknown_patients_have_no_lineage(tmp_path: Path) -> None:
+    dataset = write_real(tmp_path, size=24)
+    table = dataset.shard_table(0)
+    rows = [{**row, "patient": None if place == 0 else row["patient"]} for place, row in enumerate(table.to_pylist())]
+    write_manifest(dataset.storage, manifest_path(dataset.name, 0), pa.Table.from_pylist(rows, schema=table.schema))
+    assert load_crops(dataset, 16).patients == []
 
 
 def test_a_loss_that_is_not_finite_stops(clinic: Dataset, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Command modules import the rooms inside their functions: `builder --help` must a
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from types import FrameType
@@ -51,10 +52,14 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("\ninterrupted: what was committed is safe, and the same command continues", err=True)
         sys.exit(130)
+    except BrokenPipeError:  # who read our output has seen enough (`builder list | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say so again
+        sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        _fail(f"{error.filename or 'a file'} cannot be written: {error.strerror}", "make room, or choose another --out")
+        what = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
+        _fail(what, "make room, mend the permissions, or choose another --out; the same command continues")
 
 
 def _fail(what: str, remedy: str) -> NoReturn:

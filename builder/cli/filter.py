@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from builder.cli.options import dataset_argument, out_option, partial_option
+from builder.cli.options import out_option, partial_option
 from builder.errors import BuilderError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("filter", context_settings={"ignore_unknown_options": True, "allow_extra_args": False})
-@dataset_argument
-@click.argument("thresholds", nargs=-1, type=click.UNPROCESSED, metavar="[--min-SCORE X] [--max-SCORE X]")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[DATASET] [--min-SCORE X] [--max-SCORE X]")
 @click.option(
     "--where", default="", metavar="SQL", help="A condition over the manifest, e.g. \"phase = 'I'\" (duckdb)."
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @out_option
 @partial_option
 def filter_(
-    dataset: str | None, thresholds: tuple[str, ...], where: str, no_gates: bool, dry_run: bool,
+    words: tuple[str, ...], where: str, no_gates: bool, dry_run: bool,
     name: str | None, view: bool, out: str, partial: bool,
 ) -> None:  # fmt: skip
     """Keep the images that pass, as a new dataset; the source is never touched.
@@ -38,24 +38,22 @@ def filter_(
     Any score column takes --min-SCORE and --max-SCORE (e.g. --min-ssim 0.7 --max-clipped 0.1). Sanity gates are on:
     each statistic must lie within what real training crops of the phase show.
     """
-    from builder.quality.reference import has_reference, load_reference
+    from builder.quality.gates import gate_ranges
+    from builder.quality.reference import has_reference, load_reference, save_reference
     from builder.shards.dataset import Dataset, find_dataset
     from builder.shards.filter import Criteria, already_filtered, filter_dataset
 
-    words = (dataset or "", *thresholds)
-    named = "" if words[0].startswith("--") else words[0]  # `builder filter --min-ssim 0.7` names no dataset
-    thresholds = words[1:] if named else tuple(word for word in words if word)
+    named, ranges = _parse(words)
     source = find_dataset(named, out, partial=partial)
     click.echo(f"dataset: {source.name} ({source.info.get('count', 'partial')} images)")
     reference = load_reference(source) if has_reference(source) else None
-    ranges = _thresholds(thresholds)
     if not no_gates:
         if reference is None:
             raise BuilderError(
                 f"'{source.name}' has no gates: it was never scored against real crops",
                 f"run `builder score {source.name} --against REAL`, or filter with --no-gates",
             )
-        ranges += _gates(reference)
+        ranges += gate_ranges(reference.gates)
     criteria = Criteria(tuple(ranges), where)
     if reference is not None:
         _print_yardstick(reference, criteria)
@@ -73,24 +71,29 @@ def filter_(
         click.echo("no image passes: nothing was written", err=True)
         sys.exit(1)
     filter_dataset(source, criteria, target, view=view)
+    if reference is not None:
+        save_reference(target, reference)  # it can be filtered again when its source is gone
     click.echo(f"wrote {'view' if view else 'dataset'} '{target.name}': {sum(tally.kept.values()):,} images; "
                f"rejects with reasons in manifests/{target.name}/rejects")  # fmt: skip
 
 
-def _thresholds(words: tuple[str, ...]) -> list[Range]:
-    """--min-ssim 0.7 --max-clipped=0.1 -> ranges."""
+def _parse(words: tuple[str, ...]) -> tuple[str | None, list[Range]]:
+    """The dataset, if one is named, and the ranges of --min-ssim 0.7 --max-clipped=0.1, in any order."""
     from builder.shards.filter import Range
     from builder.shards.schema import SCORE_NAMES
 
-    ranges = []
+    named, ranges = None, []
     rest = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     while rest:
-        option = rest.pop(0)
-        match = re.fullmatch(r"--(min|max)-([A-Za-z_-]+)", option)
+        word = rest.pop(0)
+        if not word.startswith("-") and named is None:
+            named = word
+            continue
+        match = re.fullmatch(r"--(min|max)-([\w-]+)", word)
         if not match:
             known = ["--where", "--no-gates", "--dry-run", "--name", "--view", "--out", "--partial"]
             raise BuilderError(
-                f"no such option: {option}", did_you_mean(option, [*known, *(f"--min-{s}" for s in SCORE_NAMES)])
+                f"no such option: {word}", did_you_mean(word, [*known, *(f"--min-{s}" for s in SCORE_NAMES)])
             )
         bound, score = match.group(1), match.group(2).replace("-", "_")
         if score not in SCORE_NAMES:
@@ -98,22 +101,14 @@ def _thresholds(words: tuple[str, ...]) -> list[Range]:
         try:
             value = float(rest.pop(0))
         except (IndexError, ValueError):
-            raise BuilderError(f"{option} needs a number", f"write {option} 0.7") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise BuilderError(f"{word} needs a number", f"write {word} 0.7")
         if bound == "min":
             ranges.append(Range(score, low=value, reason=f"{score} < {value:g}"))
         else:
             ranges.append(Range(score, high=value, reason=f"{score} > {value:g}"))
-    return ranges
-
-
-def _gates(reference: Reference) -> list[Range]:
-    from builder.shards.filter import Range
-
-    return [
-        Range(statistic, low, high, phase, reason=f"gate {statistic}")
-        for phase, limits in reference.gates.items()
-        for statistic, (low, high) in limits.items()
-    ]
+    return named, ranges
 
 
 def _print_yardstick(reference: Reference, criteria: Criteria) -> None:

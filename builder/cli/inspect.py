@@ -7,6 +7,7 @@ import sys
 import click
 
 from builder.cli.options import dataset_argument, out_option, partial_option
+from builder.errors import BuilderError
 
 
 @click.command("list")
@@ -24,9 +25,13 @@ def list_(out: str) -> None:
         f"{'name':<32}{'origin':<11}{'state':<10}{'images':>9}{'shards':>8}  {'classes':<10}{'created':<27}parent"
     )
     for dataset in datasets:
-        info = dataset.info
+        try:
+            info = dataset.info
+        except BuilderError as error:
+            click.echo(f"{dataset.name:<32}damaged: {error.what}")
+            continue
         click.echo(
-            f"{dataset.name:<32}{info.get('origin', '?'):<11}{info.get('state', '?'):<10}"
+            f"{dataset.name:<32}{info['origin']:<11}{info['state']:<10}"
             f"{info.get('count', '-'):>9}{len(dataset.shard_numbers()):>8}  {','.join(dataset.classes.codes):<10}"
             f"{info.get('created', '?'):<27}{info.get('parent') or '-'}"
         )
@@ -54,10 +59,8 @@ def verify(dataset: str | None, out: str, partial: bool) -> None:
     if findings:
         click.echo(f"dataset '{found.name}': {len(findings)} findings", err=True)
         sys.exit(1)
-    click.echo(
-        f"dataset '{found.name}': {found.info.get('count', 'some')} images in {len(numbers)} shards, "
-        "all as its manifests say"
-    )
+    images = sum(found.shard_table(number, ["key"]).num_rows for number in numbers)
+    click.echo(f"dataset '{found.name}': {images:,} images in {len(numbers)} shards, all as its manifests say")
 
 
 @click.command()

@@ -12,6 +12,7 @@ import click
 
 from builder.cli.options import config_options, out_option, partial_option
 from builder.errors import BuilderError
+from builder.phases import ClassTable
 
 
 @click.command()
@@ -42,17 +43,19 @@ def shards(
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     config = replace(config, sample=sample, seed=config.seed if seed is None else seed)
     codes = config.classes.select(phases)
-    if count < 1:
+    if count < 1:  # as the job says, but before a phantom is made
         raise BuilderError(f"COUNT is {count}", "ask for at least one image")
     if workers is not None and workers < 1:
         raise BuilderError(f"--workers is {workers}", "at least one worker is needed")
 
     from builder.job.devices import default_workers, device_kind
+    from builder.job.engines import engine_of
     from builder.job.plan import Plan
     from builder.job.run import log_to_file, run_job
     from builder.job.spec import JobSpec
     from builder.models.checkpoint import resolve
     from builder.sampling.device import dtype_name, resolve_dtype
+    from builder.sampling.schedulers import require_scheduler
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
 
@@ -60,18 +63,21 @@ def shards(
     found = resolve(checkpoint or config.checkpoint)
     if found.classes is not None:
         config.classes.require_same(found.classes, "the config", f"checkpoint '{found.name}'")
+    joined = ("" if all(len(code) == 1 for code in codes) else "-").join(codes)
+    dataset = Dataset(name or f"{config.name}-{joined}", Storage(out))  # refuses a bad name before anything is written
+    engine_of(engine)
+    require_scheduler(config.sample.scheduler)
     spec = JobSpec(
         config=config,
         plan=plan,
-        name=name or f"{config.name}-{''.join(codes) if all(len(c) == 1 for c in codes) else '-'.join(codes)}",
+        name=dataset.name,
         out=out,
         checkpoint=str(found.path),
         checkpoint_sha256=found.sha256,
         dtype=dtype_name(resolve_dtype(config.sample.dtype, device_kind())),
-        real=_real_dataset(real or config.real, out),
+        real=_real_dataset(real or config.real, out, config.classes),
         real_out=out,
     )
-    Dataset(spec.name, Storage(out))  # refuses a name that is none, before anything is written
     log = log_to_file(spec)
     outcome = run_job(
         spec, count, lineage=asdict(found.lineage), licence=found.licence,
@@ -93,7 +99,9 @@ def shards(
 @click.command()
 @click.argument("dataset")
 @click.argument("keys", nargs=-1, metavar="[KEY]...")
-@click.option("--random", "sample", type=int, default=0, metavar="N", help="Also N keys picked at random.")
+@click.option(
+    "--random", "sample", type=click.IntRange(0), default=0, metavar="N", help="Also N keys picked at random."
+)
 @click.option("--checkpoint", metavar="NAME|DIR", help="Where the checkpoint is now. [default: as recorded]")
 @click.option("--save", type=click.Path(file_okay=False), metavar="DIR", help="Write the images made again as PNG.")
 @out_option
@@ -147,8 +155,8 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _real_dataset(reference: str, out: str) -> str:
-    """The real dataset; the phantom that ships with the package is made when it is asked for and not there."""
+def _real_dataset(reference: str, out: str, classes: ClassTable) -> str:
+    """Check the real dataset; the phantom that ships with the package is made when it is asked for and not there."""
     from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
     from builder.shards.dataset import find_dataset
 
@@ -159,4 +167,5 @@ def _real_dataset(reference: str, out: str) -> str:
         raise BuilderError(
             f"dataset '{found.name}' is not of real crops", "give --real a dataset made by `builder pack`"
         )
+    classes.require_same(found.classes, "the config", f"dataset '{found.name}'")
     return reference

@@ -83,7 +83,7 @@ def read_box_csv(path: Path, photographs: Photographs) -> BoxSource:
             source.missing.append(f"{where}: {cells['file']}")
             continue
         number = tables.box_number(cells.get("number", ""))
-        label, patient = cells.get("label", ""), cells.get("patient", "")
+        label, patient = cells.get("label", ""), tables.patient_id(cells.get("patient", ""))
         source.has_labels |= bool(label)
         source.boxes.append(Box(name, *_edges([cells[edge] for edge in EDGES], where), where, number, label, patient))
     return source
@@ -121,7 +121,7 @@ def read_coco(path: Path, photographs: Photographs, is_label: Callable[[str], bo
         x, y, width, height = _edges(bbox, where)
         seen[name] = seen.get(name, 0) + 1
         label = categories.get(category, "") if source.has_labels else ""
-        patient = str(image.get("patient", ""))
+        patient = tables.patient_id(str(image.get("patient", "")))
         extent = (int(image["width"]), int(image["height"])) if image.get("width") and image.get("height") else None
         source.boxes.append(Box(name, x, y, x + width, y + height, where, str(seen[name]), label, patient, extent))
     return source
@@ -155,7 +155,7 @@ def _components(path: Path) -> tuple[list[Edges], int, tuple[int, int]]:
     from scipy import ndimage
 
     try:
-        mask = decode(path)
+        mask = decode(path, colour=False)
     except BadPhotographError as bad:
         raise BuilderError(f"the mask {path} cannot be read: {bad.reason}", "replace it") from None
     wound = np.asarray(mask).max(axis=2) > (127 if path.suffix.lower() in (".jpg", ".jpeg") else 0)

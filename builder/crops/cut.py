@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
 
 from builder.errors import BuilderError
 from builder.shards.dataset import resize
@@ -54,20 +55,25 @@ def photograph_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             _require_eight_bit(image)
             width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            turned = _exif(image, path).get(ExifTags.Base.Orientation) in _TURNED
     except _UNREADABLE as error:
         raise BadPhotographError(path, error) from None
     return (height, width) if turned else (width, height)
 
 
-def decode(path: Path) -> Image.Image:
-    """The photograph, 8-bit RGB, its EXIF orientation applied; nothing of its metadata goes further than this."""
+def decode(path: Path, *, colour: bool = True) -> Image.Image:
+    """The photograph, 8-bit RGB, its EXIF orientation applied; nothing of its metadata goes further than this.
+
+    An embedded colour profile is applied (the numbers are then sRGB's); for masks, whose numbers are no colours, say
+    `colour=False`. Raises BadPhotographError.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of palettes; the pixels are sound
             with Image.open(path) as image:
                 _require_eight_bit(image)
-                return ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image)
+                return _in_srgb(upright) if colour else upright.convert("RGB")
     except _UNREADABLE as error:
         raise BadPhotographError(path, error) from None
 
@@ -141,6 +147,42 @@ def _inside(box: Edges, left: int, top: int, side: int, scale: float) -> Edges:
         for edge, start in zip(box, (left, top, left, top), strict=True)
     )
     return xmin, ymin, xmax, ymax
+
+
+def _exif(image: Image.Image, path: Path) -> Image.Exif:
+    """The EXIF data of an opened image, its pixels left alone: in a PNG it may stand behind them, and Pillow, to look
+    there, decodes them all."""
+    if not isinstance(image, PngImagePlugin.PngImageFile):
+        return image.getexif()
+    if "exif" not in image.info and (chunk := _png_chunk(path, b"eXIf")):
+        image.info["exif"] = b"Exif\0\0" + chunk
+    return Image.Image.getexif(image)
+
+
+def _png_chunk(path: Path, wanted: bytes) -> bytes | None:
+    """The content of the first chunk of a kind in a PNG (each: length, kind, content, checksum), or None."""
+    with path.open("rb") as file:
+        file.seek(8)  # the signature
+        while header := file.read(8):
+            length, kind = struct.unpack(">I4s", header)
+            if kind == wanted:
+                return file.read(length)
+            file.seek(length + 4, io.SEEK_CUR)
+    return None
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB by the image's colour profile; as its numbers stand, where it has none or one that doesn't fit."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        with_colours = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
+        try:
+            known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            transform = ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), with_colours.mode, "RGB")
+            return transform.apply(with_colours)
+        except (ImageCms.PyCMSError, OSError):
+            return image.convert("RGB")  # as viewers do with a broken profile
+    return image.convert("RGB")
 
 
 def _require_eight_bit(image: Image.Image) -> None:

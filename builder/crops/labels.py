@@ -88,7 +88,8 @@ def read_labels(path: Path, photographs: Photographs, codes: Codes) -> LabelFile
                 raise BuilderError(
                     f"{where}: {cells['file']} has the labels {labels.codes[place]} and {code}", "keep one of them"
                 )
-        if (patient := cells.get("patient", "")) and labels.patients.setdefault(photograph, patient) != patient:
+        patient = tables.patient_id(cells.get("patient", ""))
+        if patient and labels.patients.setdefault(photograph, patient) != patient:
             raise BuilderError(
                 f"{where}: {cells['file']} belongs to two patients", "a photograph is of one; mend the table"
             )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from tqdm import tqdm
 from builder import __version__
 from builder.config import CropsConfig, fingerprint
 from builder.crops.cut import BadPhotographError, cut, decode
-from builder.crops.patients import PatientKey, find_key
+from builder.crops.patients import PatientKey, find_key, photograph_group
 from builder.crops.plan import PackRequest, Plan, PlannedCrop, make_plan, require_all_phases
 from builder.crops.split import split_patients
 from builder.crops.summary import PackSummary, Tally
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
+from builder.shards.lock import LOCK, exclusive
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 
 __all__ = ["PackRequest", "PackSummary", "pack"]
@@ -46,18 +47,31 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
     patients = {name: key.hash(patient) for name, patient in plan.patients.items()}
     splits = _split(plan, patients, request.crops)
     inputs = _inputs(request, plan, patients, key)
-    if dataset.exists():
-        existing = _existing(dataset, inputs)
-        if existing is not None:
-            return existing
     info = {"name": dataset.name, **_info(request, key, inputs)}
+    with exclusive(dataset):
+        if dataset.exists() and (existing := _existing(dataset, inputs)):
+            return existing
+        with _all_or_nothing(dataset):
+            dataset.write_info({**info, "state": "partial", "count": 0})
+            summary = _write(request, dataset, plan, patients, splits, key, progress)
+            dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
+    return summary
+
+
+@contextmanager
+def _all_or_nothing(dataset: Dataset) -> Iterator[None]:
+    """Start from an empty dataset, and leave nothing of it when the block fails."""
+    manifests, shards = f"manifests/{dataset.name}", f"shards/{dataset.name}"
+    for name in dataset.storage.list(manifests):  # before the tars, so that no manifest ever lacks its own
+        if name != LOCK:
+            dataset.storage.remove(f"{manifests}/{name}")
+    dataset.storage.sweep(manifests)
+    dataset.storage.remove(shards)
     try:
-        _clear(dataset)
-        dataset.write_info({**info, "state": "partial", "count": 0})
-        summary = _write(request, dataset, plan, patients, splits, key, progress)
-        dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
+        yield
     except Exception as error:
-        _clear(dataset)
+        dataset.storage.remove(manifests)
+        dataset.storage.remove(shards)
         failure = error if isinstance(error, OSError) else error.__cause__
         if isinstance(failure, OSError):
             raise BuilderError(
@@ -66,7 +80,6 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
                 "make room or choose another --out, then run the same command again",
             ) from None
         raise
-    return summary
 
 
 # -- what decides the dataset -----------------------------------------------------------------------------------------
@@ -158,7 +171,7 @@ def _write(
     samples: list[Sample] = []
     total = sum(len(planned) for planned in plan.crops.values())
     with tqdm(total=total, desc=f"packing {dataset.name}", unit="crop", disable=not progress) as bar:
-        for name, planned, row, payload in _samples(request, dataset.name, plan, patients, splits):
+        for name, planned, row, payload in _samples(request, dataset.name, plan, patients, splits, key):
             tally.add(
                 row, max(planned.box[2] - planned.box[0], planned.box[3] - planned.box[1]) if planned.box else None
             )
@@ -176,7 +189,7 @@ def _write(
 
 
 def _samples(
-    request: PackRequest, dataset: str, plan: Plan, patients: dict[str, str], splits: dict[str, str]
+    request: PackRequest, dataset: str, plan: Plan, patients: dict[str, str], splits: dict[str, str], site: PatientKey
 ) -> Iterator[tuple[str, PlannedCrop, dict[str, Any], bytes]]:
     """Photograph, planned crop, row and payload of every crop, each photograph decoded once.
 
@@ -205,14 +218,8 @@ def _samples(
                 **image_row(key, planned.phase, request.classes.label(planned.phase), "real", crop.pixels),
                 "patient": patients[name],
                 "split": splits[patients[name]],
-                "source": PurePosixPath(name).name,
+                "source": site.hash(photograph_group(name, "photograph")),  # its name often tells the patient
                 "box": list(crop.box) if crop.box else None,
                 "original_size": list(crop.original_size),
             }
             yield name, planned, row, encode_png(crop.pixels)
-
-
-def _clear(dataset: Dataset) -> None:
-    """Remove all of a dataset that is not complete; the manifests first, so that none ever lacks its tar."""
-    dataset.storage.remove(f"manifests/{dataset.name}")
-    dataset.storage.remove(f"shards/{dataset.name}")

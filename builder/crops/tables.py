@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def box_number(text: str) -> str:
         return str(int(float(text)))
     except (ValueError, OverflowError):
         return text
+
+
+def patient_id(text: str) -> str:
+    """One spelling for a patient's number, as spreadsheets change it: '7', '07' and '7.0' are the same patient."""
+    number = re.fullmatch(r"0*(\d+)(\.0+)?", text)
+    return number.group(1) if number else text
 
 
 def _first(names: Sequence[str], header: Sequence[str]) -> str | None:

@@ -25,6 +25,7 @@ BOX_COLUMNS = (
     "Filename", "Patient#", "Appt#", "DFU#", "DebriStat", "Camera", "Angle",
     "Bounding Box Number", "Xmin", "Ymin", "Xmax", "Ymax",
 )  # fmt: skip
+JPEG_QUALITY = 92
 LABEL_COLUMNS = ("Filename", "Bounding Box Number", "Phase")
 
 
@@ -61,6 +62,14 @@ class PhantomSummary:
     def boxes(self) -> int:
         return sum(self.phases.values())
 
+    def __str__(self) -> str:
+        phases = ", ".join(f"{code} {count:,}" for code, count in self.phases.items())
+        low, middle, high = np.percentile(self.box_sizes, (5, 50, 95))
+        return (
+            f"{self.photographs:,} photographs of {self.patients} patients with {self.boxes:,} boxes ({phases}), "
+            f"longer side: 5 % {low:.0f}, 50 % {middle:.0f}, 95 % {high:.0f} px"
+        )
+
 
 def render_photograph(patient: Patient, visit: int, angle: str) -> Photograph:
     """The photograph of `patient` at `visit` (from 0) and `angle` (left, middle, right); always the same."""
@@ -85,9 +94,7 @@ def render_photograph(patient: Patient, visit: int, angle: str) -> Photograph:
     )
 
 
-def write_photographs(
-    out: Path, *, patients: int = 233, seed: int = 0, workers: int = 2, quality: int = 92
-) -> PhantomSummary:
+def write_photographs(out: Path, *, patients: int = 233, seed: int = 0, workers: int = 2) -> PhantomSummary:
     """Writes OUT/photographs/*.jpg, OUT/boxes.csv (the old system's columns) and OUT/labels.csv.
 
     Patient k is the same whatever `patients` and `workers` are. The tables come last and each file appears
@@ -95,7 +102,7 @@ def write_photographs(
     """
     folder = out / "photographs"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, number, seed, quality) for number in range(1, patients + 1)]
+    jobs = [(folder, number, seed) for number in range(1, patients + 1)]
     rows: list[tuple[str | int, ...]] = []
     labels: list[tuple[str | int, ...]] = []
     with tqdm(total=patients, desc="phantom", unit="patient") as bar:
@@ -111,7 +118,7 @@ def write_photographs(
 
 
 _Tables = tuple[list[tuple[str | int, ...]], list[tuple[str | int, ...]]]
-_Job = tuple[Path, int, int, int]
+_Job = tuple[Path, int, int]
 
 
 def _map(jobs: list[_Job], workers: int) -> Iterator[_Tables]:
@@ -124,7 +131,7 @@ def _map(jobs: list[_Job], workers: int) -> Iterator[_Tables]:
 
 
 def _write_patient(job: _Job) -> _Tables:
-    folder, number, seed, quality = job
+    folder, number, seed = job
     patient = make_patient(number, seed)
     debridement = generator(*patient.seed, 303)
     rows: list[tuple[str | int, ...]] = []
@@ -135,7 +142,7 @@ def _write_patient(job: _Job) -> _Tables:
             photograph = render_photograph(patient, visit, angle)
             name = f"p{number:03d}_a{visit + 1:02d}_{angle}.jpg"
             buffer = BytesIO()
-            Image.fromarray(photograph.pixels).save(buffer, "JPEG", quality=quality)
+            Image.fromarray(photograph.pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
             _write_whole(folder / name, buffer.getvalue())
             for i, box in enumerate(photograph.boxes, start=1):
                 place = (box.xmin, box.ymin, box.xmax, box.ymax)

@@ -9,7 +9,12 @@ def default_workers() -> int:
     """One worker a GPU, or one a core where there is none."""
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return torch.cuda.device_count() or cores()
+
+
+def cores() -> int:
+    """The cores this process may use; macOS knows no affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_kind() -> str:

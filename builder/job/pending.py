@@ -5,13 +5,22 @@ from __future__ import annotations
 from builder.errors import BuilderError
 from builder.job.plan import Unit
 from builder.shards.dataset import Dataset
+from builder.shards.writer import manifest_path
 
 
 def committed_units(dataset: Dataset) -> list[Unit]:
-    """The units whose manifests are there, in order, with the range of the plan that each holds."""
+    """The units whose manifests are there, in order, with the range of the plan that each holds.
+
+    BuilderError for a manifest that cannot be read or that no batch job wrote.
+    """
     units = []
     for number in dataset.shard_numbers():
         metadata = dataset.shard_metadata(number)
+        if not {"start", "stop"} <= metadata.keys():
+            raise BuilderError(
+                f"{manifest_path(dataset.name, number)} was not written by a batch job",
+                "move it away, or use another --name",
+            )
         units.append(Unit(number, int(metadata["start"]), int(metadata["stop"])))
     return units
 

@@ -48,9 +48,11 @@ class Plan:
                 raise BuilderError(
                     f"a weight is given for phase '{code}', which is not asked for", f"asked for: {', '.join(codes)}"
                 )
-        exact = [Fraction(str(weights.get(code, 1))).limit_denominator(1000) for code in codes]
-        if any(weight <= 0 for weight in exact):
+        if not all(0 < weight < math.inf for weight in weights.values()):
             raise BuilderError(f"weights must be positive: {weights}", "leave a phase out with --phases instead")
+        exact = [Fraction(str(weights.get(code, 1))).limit_denominator(1000) for code in codes]
+        if not all(exact):
+            raise BuilderError(f"a weight of {weights} is below 0.001", "use whole numbers, e.g. 1 and 2000")
         scale = math.lcm(*(weight.denominator for weight in exact))
         whole = [int(weight * scale) for weight in exact]
         divisor = math.gcd(*whole)
@@ -97,18 +99,6 @@ class Plan:
             code: rounds * weight + int(tail[i])
             for i, (code, weight) in enumerate(zip(self.codes, self.weights, strict=True))
         }
-
-
-def cut(stops: Sequence[int], images_per_shard: int) -> list[Unit]:
-    """Units of the counts asked for so far (`stops`, ascending): each extension starts a new shard."""
-    units: list[Unit] = []
-    start = 0
-    for stop in stops:
-        while start < stop:
-            end = min(start + images_per_shard, stop)
-            units.append(Unit(len(units), start, end))
-            start = end
-    return units
 
 
 def batches(unit: Unit, batch_size: int) -> list[tuple[int, int]]:

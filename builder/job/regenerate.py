@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -48,12 +48,12 @@ class Regenerator:
             raise BuilderError(
                 f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"
             )
-        device = prepare(0)
+        config = config_from_json(info["config"])
         self.dataset = dataset
         self.spec = JobSpec(
-            config=config_from_json(info["config"]),
+            config=replace(config, sample=replace(config.sample, dtype=keys["dtype"])),  # 'auto' may mean another here
             plan=Plan(tuple(keys["phases"]), tuple(keys["weights"])),
-            name=info.get("made_as", dataset.name),
+            name=dataset.name,
             out=dataset.storage.root,
             checkpoint=str(found.path),
             checkpoint_sha256=found.sha256,
@@ -61,7 +61,7 @@ class Regenerator:
             real=None,
             real_out="",
         )
-        self.sampler = load_sampler(found, self.spec.config, device)
+        self.sampler = load_sampler(found, self.spec.config, prepare(0))
         self.versions = info["versions"]
 
     def row(self, key: str) -> dict[str, Any]:

@@ -17,11 +17,14 @@ from tqdm import tqdm
 from builder.errors import BuilderError
 from builder.job.devices import prepare
 from builder.job.engines import engine_of
-from builder.job.lock import exclusive
 from builder.job.pending import all_units, committed_units
 from builder.job.plan import Unit
 from builder.job.spec import JobSpec
+from builder.models.checkpoint import DEMO
+from builder.quality.reference import build_reference, has_reference, load_reference, reference_path, save_reference
+from builder.sampling.seeds import MAX_INDEX
 from builder.shards.dataset import Dataset, find_dataset
+from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -47,21 +50,21 @@ def run_job(
     """Make the first `count` images of the spec's plan, continuing whatever is there.
 
     `lineage` and `licence` are the checkpoint's and go into dataset.json. Raises BuilderError for a bad count, for
-    settings that differ from those the dataset was begun with, and for a full disk.
+    settings that differ from those its shards were made with, and for a full disk.
     """
-    if count < 1:
-        raise BuilderError(f"COUNT is {count}", "ask for at least one image")
+    _require_possible(spec, count)
     run_units = engine_of(engine)
     dataset = Dataset(spec.name, Storage(spec.out))
     with exclusive(dataset):
-        if dataset.exists():
-            info = dataset.info
-            if info.get("origin") != "synthetic" or "fingerprint_keys" not in info:
-                raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
-            spec.require_same(info["fingerprint_keys"])
-        else:
-            info = _new_info(spec, lineage, licence)
+        info = dataset.info if dataset.exists() else {}
+        if info and (info.get("parent") or "fingerprint_keys" not in info):
+            raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
         committed = committed_units(dataset)
+        if info and committed:
+            spec.require_same(info["fingerprint_keys"])
+        else:  # without a shard there is nothing to keep: a mistake in the settings may be mended under the same name
+            dataset.storage.remove(reference_path(dataset))
+            info = _new_info(spec, lineage, licence)
         units = all_units(committed, count, spec.config.shards.images_per_shard)
         done = {unit.number for unit in committed}
         pending = [unit for unit in units if unit.number not in done]
@@ -69,17 +72,29 @@ def run_job(
         if not pending and info["state"] == "complete":
             say(f"dataset '{spec.name}' has its {total:,} images already; nothing to do")
             return Outcome(dataset, total, 0, 0, 0.0)
+        for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
+            dataset.storage.sweep(folder)
         info["state"] = "partial"
         dataset.write_info(info)
         _build_reference(spec, dataset, say)
-        say(_describe(spec, count, units, pending, workers))
+        described = _describe(spec, count, units, pending, workers)
+        say(described)
+        log.info("%s", described)
         progress = _Progress(total, total - sum(len(unit) for unit in pending))
         started = time.monotonic()
-        with progress.bar:
-            run_units(spec, pending, workers, progress)
+        try:
+            with progress.bar:
+                run_units(spec, pending, workers, progress)
+        except BaseException as stop:
+            log.error("ended before its time: %r", stop)
+            raise
         outcome = Outcome(
             dataset, total, progress.made, progress.replaced, time.monotonic() - started, progress.failures
         )
+        log.info(
+            "made %d images in %.0f s, %d replaced, %d units given up",
+            outcome.made, outcome.seconds, outcome.replaced, len(outcome.failed),
+        )  # fmt: skip
         if not outcome.failed:
             info.update(state="complete", count=total, scores=_score_protocol(dataset))
             dataset.write_info(info)
@@ -88,13 +103,15 @@ def run_job(
 
 def log_to_file(spec: JobSpec) -> Path:
     """Send the run's log to logs/NAME-TIME.log beside the shards (object stores: in the working directory)."""
-    folder = Path(spec.out if Storage(spec.out).is_local else ".") / "logs"
+    storage = Storage(spec.out)
+    folder = Path(storage.path("logs") if storage.is_local else "logs")
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
     path = folder / f"{spec.name}-{stamp}.log"
     logging.basicConfig(
         filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    logging.raiseExceptions = False  # a full disk is told once, by the shard that does not fit; not by each log line
     log.info("command: %s", " ".join(sys.argv))
     log.info("fingerprint: %s %s", spec.fingerprint, spec.keys())
     return path
@@ -123,6 +140,19 @@ class _Progress:
         self.failures[unit.number] = reason
 
 
+def _require_possible(spec: JobSpec, count: int) -> None:
+    """Refuse a COUNT without images, or beyond the seeds there are; the last batch may reach beyond COUNT."""
+    if count < 1:
+        raise BuilderError(f"COUNT is {count}", "ask for at least one image")
+    counts = spec.plan.counts(count + spec.config.sample.batch_size)
+    code = max(counts, key=lambda code: counts[code])
+    if counts[code] > MAX_INDEX + 1:
+        raise BuilderError(
+            f"COUNT {count:,} asks for {counts[code]:,} images of phase {code}; {MAX_INDEX + 1:,} seeds are there",
+            "split it over datasets with different --seed",
+        )
+
+
 def _new_info(spec: JobSpec, lineage: dict[str, Any], licence: dict[str, str]) -> dict[str, Any]:
     return {
         "name": spec.name,
@@ -131,7 +161,7 @@ def _new_info(spec: JobSpec, lineage: dict[str, Any], licence: dict[str, str]) -
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "classes": spec.config.classes.to_json(),
         "config": spec.config.to_json(),
-        "checkpoint": spec.checkpoint,
+        "checkpoint": "demo" if Path(spec.checkpoint) == DEMO else spec.checkpoint,  # that one is wherever we are
         "fingerprint": spec.fingerprint,
         "fingerprint_keys": spec.keys(),
         "lineage": lineage,
@@ -143,8 +173,6 @@ def _new_info(spec: JobSpec, lineage: dict[str, Any], licence: dict[str, str]) -
 
 def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]) -> None:
     """Panel, gates and yardsticks from the real crops, once; they are the scores' version from then on."""
-    from builder.quality.reference import build_reference, has_reference, save_reference
-
     if has_reference(dataset):
         return
     real = find_dataset(spec.real, spec.real_out)
@@ -155,8 +183,6 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
 
 
 def _score_protocol(dataset: Dataset) -> dict[str, Any]:
-    from builder.quality.reference import load_reference
-
     return load_reference(dataset).protocol()
 
 

@@ -139,7 +139,14 @@ class MixedLoader:
                 f"{len(weights)} weights are given for {len(others)} synthetic datasets", "give one each"
             )
         sizes = [float(len(source)) for source in others if source]
-        mix = Mix(streams[0], [s for s in streams[1:] if s], weights or sizes, self.ratio, length, self.seed)
+        mix = Mix(
+            streams[0],
+            [s for s in streams[1:] if s],
+            sizes if weights is None else weights,
+            self.ratio,
+            length,
+            self.seed,
+        )
         for source, drawn in zip(self.sources, mix.drawn, strict=True):
             if source and not drawn and not (source is real and self.ratio == 1):
                 raise BuilderError(

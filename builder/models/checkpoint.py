@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from builder.phases import ClassTable
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 FOLDER = Path("checkpoints")
 DESCRIPTION = "checkpoint.json"
+STEP = "step-"  # the folders of a training run: RUN/step-000100
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return "demo" if self.path == DEMO else self.path.name
+        """'demo', the folder's name, or of a training run RUN/step-000100."""
+        if self.path == DEMO:
+            return "demo"
+        return f"{self.path.parent.name}/{self.path.name}" if self.path.name.startswith(STEP) else self.path.name
 
     @property
     def sha256(self) -> str:
@@ -90,7 +97,7 @@ def resolve(reference: str | Path) -> Checkpoint:
 
 def last_step(run: Path) -> Path | None:
     """The checkpoint of the highest step in the folder of a training run."""
-    steps = [path.parent for path in run.glob("step-*/model_index.json")]
+    steps = [path.parent for path in run.glob(f"{STEP}*/model_index.json")]
     return max(steps, key=lambda path: path.name, default=None)
 
 
@@ -116,10 +123,7 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
 
     The folder appears whole or not at all; one that is there already is replaced. The pipeline keeps its dtype.
     """
-    import copy
-
     import torch
-    from transformers.utils import logging
 
     target = checkpoint.path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -127,10 +131,10 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
     try:
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         halves = {name: torch.nn.Module.to(copy.deepcopy(part), "cpu", torch.float16) for name, part in modules.items()}
-        logging.disable_progress_bar()  # a bar per file of 100 kB
-        type(pipeline)(**{**pipeline.components, **halves, **_options(pipeline)}).save_pretrained(
-            temporary, safe_serialization=True
-        )
+        with without_bars():
+            type(pipeline)(**{**pipeline.components, **halves, **_options(pipeline)}).save_pretrained(
+                temporary, safe_serialization=True
+            )
         text = json.dumps(checkpoint.to_json(), indent=1, sort_keys=True, allow_nan=False)
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         os.chmod(temporary, 0o755)
@@ -140,9 +144,21 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    finally:
-        logging.enable_progress_bar()
     return checkpoint
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Within the block transformers draws no progress bars: it has one for each file of weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _options(pipeline: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from builder.errors import BuilderError
-from builder.models.checkpoint import Checkpoint
+from builder.models.checkpoint import Checkpoint, without_bars
 from builder.models.sdxl import Pipeline
 
 NAMED_KEYS = 5  # of a mismatch, in the error
@@ -62,7 +62,7 @@ def _weights(folder: Path, kind: Any, stem: str) -> Any:
         raise BuilderError(
             f"{folder} has no {stem}.safetensors", "copy the whole checkpoint folder; other weight formats are not read"
         )
-    with _explained(folder):
+    with _explained(folder), without_bars():
         model, report = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32,
             low_cpu_mem_usage=False, ignore_mismatched_sizes=True, output_loading_info=True,

@@ -46,6 +46,7 @@ class Reference:
     ssim_size: int
     ssim_stride: int
     panel_seed: int
+    panel_size: int
     panel: dict[str, list[str]]
     panel_sha256: str
     gates: dict[str, Gates]
@@ -103,6 +104,7 @@ def build_reference(
         ssim_size=config.ssim_size,
         ssim_stride=config.ssim_stride,
         panel_seed=config.panel_seed,
+        panel_size=config.panel,
         panel={code: [row["key"] for row in rows] for code, rows in panel.items()},
         panel_sha256=panel_sha256(panel),
         gates={code: _gates(real, spread(train[code], GATE_CROPS, salt), image_size) for code in codes},
@@ -158,9 +160,9 @@ def yardstick_table(reference: Reference) -> dict[str, pa.Table]:
     return tables
 
 
-def blurred(pixels: np.ndarray) -> np.ndarray:
-    """uint8 RGB [H, W, 3] blurred with a Gaussian of sigma 5 % of its width."""
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(BLUR * pixels.shape[1])))
+def blurred(pixels: np.ndarray, share: float = BLUR) -> np.ndarray:
+    """uint8 RGB [H, W, 3] blurred with a Gaussian whose sigma is this share of its width."""
+    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(share * pixels.shape[1])))
 
 
 def flat(pixels: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch
 from builder.config import ScoreConfig
 from builder.errors import BuilderError
 from builder.quality.panel import panel_sha256
-from builder.quality.reference import Reference
+from builder.quality.reference import SCORE_VERSION, Reference
 from builder.quality.ssim import PanelSSIM
 from builder.quality.statistics import image_statistics
 from builder.shards.dataset import Dataset
@@ -75,7 +75,10 @@ class Scorer:
 
 def require_protocol(reference: Reference, config: ScoreConfig) -> None:
     """Refuse to score by a protocol other than the reference's: the numbers could not be compared."""
-    asked = {"ssim_size": config.ssim_size, "ssim_stride": config.ssim_stride, "panel_seed": config.panel_seed}
+    asked = {
+        "ssim_size": config.ssim_size, "ssim_stride": config.ssim_stride,
+        "panel_size": config.panel, "panel_seed": config.panel_seed, "score_version": SCORE_VERSION,
+    }  # fmt: skip
     had = {key: getattr(reference, key) for key in asked}
     differs = [f"{key} {had[key]} -> {asked[key]}" for key in asked if had[key] != asked[key]]
     if differs:

@@ -44,10 +44,13 @@ def contact_sheet(
 ) -> None:
     """Draw `per_phase` images of each phase to `out_png`: by `seed`, or the best, median and worst by a score.
 
-    `against` puts as many of its crops of the same phases beside. BuilderError for an unknown score or no images.
+    `against` puts as many of its crops of the same phases beside. BuilderError for an unknown score, no images, or
+    classes that differ.
     """
     if per_phase < 1:
         raise BuilderError(f"{per_phase} images of each phase make no sheet", "ask for at least one (--per-phase)")
+    if against:
+        dataset.classes.require_same(against.classes, f"dataset '{dataset.name}'", f"'{against.name}'")
     table = dataset.table()
     bands: list[_Band] = []
     for code in dataset.classes.codes:
@@ -76,7 +79,7 @@ def _shuffled(rows: Rows, seed: int) -> Rows:
 
 
 def _ranked(rows: Rows, by: str, n: int) -> dict[str, Rows]:
-    """The n best, the n around the median and the n worst by a score; each image once, the best first."""
+    """The n best, the n around the median and the n worst by a score, the best first; none twice if there are three."""
     if by not in rows[0] or not any(isinstance(row[by], float) for row in rows):
         numbers = [name for name in rows[0] if any(isinstance(row[name], float) for row in rows)]
         raise BuilderError(

@@ -13,8 +13,6 @@ FINE, COARSE = 1.0, 0.05 * SIZE  # px; Gaussian sigmas between which sharpness c
 FLOOR = 1.0  # grey level; keeps the rounding noise of a flat image from counting as detail
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
-STATISTICS = ("sharpness", "contrast", "clipped", "mean_r", "mean_g", "mean_b")
-
 
 def image_statistics(pixels: np.ndarray) -> dict[str, float]:
     """The statistics of a uint8 RGB image [H, W, 3]; names, units and ranges as in shards.schema.SCORES.

@@ -81,8 +81,8 @@ class Sampler:
     size where there are none. device: a torch device. dtype: of the denoiser; None resolves `config.dtype`.
 
     The pipeline's UNet and VAE are moved to the device, and into evaluation mode, in place; its text encoders are used
-    where they are, and no longer once this returns. BuilderError for an unknown scheduler or dtype, and for a size,
-    step count, guidance or batch size that cannot be sampled.
+    where they are, and no longer once this returns. BuilderError for an unknown scheduler or dtype, and for a size that
+    the autoencoder cannot make.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Sampler:
         self._scheduler_config = dict(pipeline.scheduler.config)
         make_scheduler(config.scheduler, self._scheduler_config)  # refuse an unknown name now, not at the first batch
         self._shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        _require_possible(config, self._shrink)
+        _require_multiple(config.size, self._shrink)
         embeddings = encode_prompts(pipeline, prompts, config.negative_prompt)
         self._embeddings = embeddings.to(self.device)
         layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
@@ -259,15 +259,9 @@ def _move(module: torch.nn.Module, *to: Any, **keywords: Any) -> torch.nn.Module
     return torch.nn.Module.to(module, *to, **keywords)
 
 
-def _require_possible(config: SampleConfig, shrink: int) -> None:
-    if config.size < shrink or config.size % shrink:
+def _require_multiple(size: int, shrink: int) -> None:
+    if size < shrink or size % shrink:
         raise BuilderError(
-            f"sample.size {config.size} is not a multiple of the autoencoder's {shrink}",
+            f"sample.size {size} is not a multiple of the autoencoder's {shrink}",
             f"choose a multiple of {shrink}, best the size that the checkpoint was trained at",
         )
-    if config.steps < 1:
-        raise BuilderError(f"sample.steps is {config.steps}", "at least one step is needed")
-    if config.guidance < 1:
-        raise BuilderError(f"sample.guidance is {config.guidance}", "1 samples without guidance; 3-5 is usual")
-    if config.batch_size < 1:
-        raise BuilderError(f"sample.batch_size is {config.batch_size}", "at least one image makes a batch")

@@ -21,6 +21,11 @@ from builder.shards.writer import Sample, manifest_path, shard_name, write_manif
 
 IMAGES_PER_SHARD = 200  # of a foreign dataset, whose dataset.json names no such number
 PLACE = ("shard", "offset", "size")
+ORIGINS = (
+    "inputs",
+    "summary",
+    "adopted_from",
+)  # what dataset.json says of how the source came to be: not so the target
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,10 @@ def judge(table: pa.Table, criteria: Criteria) -> list[list[str]]:
     """The reasons against each row of a manifest; an empty list means accepted. BuilderError for an unknown column."""
     reasons: list[list[str]] = [[] for _ in range(table.num_rows)]
     for limit in criteria.ranges:
-        for row in pc.indices_nonzero(_violates(table, limit)).to_pylist():
-            reasons[row].append(limit.reason)
+        violating = pc.indices_nonzero(_violates(table, limit)).to_pylist()
+        there = table[limit.column].is_valid().to_pylist()
+        for row in violating:
+            reasons[row].append(limit.reason if there[row] else f"no {limit.column}: never scored")
     if criteria.where:
         for row in _where_not(table, criteria.where):
             reasons[row].append(f"not {criteria.where}")
@@ -75,7 +82,8 @@ def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None,
     """Judge every image of `dataset`; with a `target`, write the accepted there and the rest to its rejects.
 
     A view's manifests point into the source's tars; otherwise the images are repacked, byte for byte, into full
-    shards. The source is never touched. Interrupted, the target stays partial and is made anew.
+    shards. The source is never touched. Interrupted, the target stays partial and is made anew. BuilderError when
+    `target` is another dataset's name.
     """
     if target is None:
         tally = Tally()
@@ -83,6 +91,8 @@ def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None,
             table = dataset.shard_table(number)
             tally.add(table["phase"].to_pylist(), judge(table, criteria))
         return tally
+    if already_filtered(dataset, criteria, target, view=view):
+        return filter_dataset(dataset, criteria, None)
     info = _begin(dataset, criteria, target, view=view)
     tally = _write_view(dataset, criteria, target) if view else _write_repacked(dataset, criteria, target)
     target.write_info({**info, "state": "complete", "count": sum(tally.kept.values())})
@@ -90,16 +100,19 @@ def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None,
 
 
 def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> bool:
-    """Whether `target` is just this; BuilderError when it is something else."""
-    if not target.exists() or target.info["state"] != "complete":
+    """Whether `target` is just this; BuilderError when it is something else, finished or not.
+
+    What an interrupted run of any filter over `dataset` left may be made anew.
+    """
+    if not target.exists():
         return False
-    info = target.info
-    same = info.get("parent") == dataset.name and info.get("filter") == criteria.to_json() and info.get("view") == view
-    if (
-        same
-        and info.get("parent_created") == dataset.info.get("created")
-        and info.get("parent_count") == dataset.info.get("count")
-    ):
+    info, source = target.info, dataset.info
+    ours = info.get("parent") == dataset.name and "filter" in info
+    if ours and info["state"] != "complete":
+        return False
+    same = info.get("filter") == criteria.to_json() and info.get("view") == view
+    unchanged = info.get("parent_created") == source.get("created") and info.get("parent_count") == source.get("count")
+    if ours and same and unchanged:
         return True
     raise BuilderError(
         f"dataset '{target.name}' exists and was made with other settings",
@@ -112,14 +125,13 @@ def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool)
     for folder in (f"shards/{target.name}", f"manifests/{target.name}"):
         target.storage.remove(folder)  # what an interrupted run left; complete targets are refused before
     info = {
-        **source,
+        **{key: value for key, value in source.items() if key not in ORIGINS},
         "name": target.name,
         "state": "partial",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "parent": dataset.name,
         "parent_created": source.get("created"),
         "parent_count": source.get("count"),
-        "made_as": source.get("made_as", dataset.name),
         "filter": criteria.to_json(),
         "view": view,
     }

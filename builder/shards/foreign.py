@@ -58,10 +58,11 @@ def adopt(
     Raises BuilderError for what cannot be read or has no class, naming tar and member, and for a name that is taken.
     """
     dataset = Dataset(name or _name(source), storage)
-    if dataset.exists() and dataset.info["state"] == "complete":
-        if dataset.info.get("adopted_from") == source:
+    if dataset.exists():
+        if dataset.info.get("adopted_from") != source:
+            raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
+        if dataset.info["state"] == "complete":
             return dataset
-        raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
     _clear(dataset)  # what a killed run left
     info = _info(dataset.name, source, classes, origin)
     try:
@@ -138,6 +139,12 @@ def _images(source: str, classes: ClassTable) -> Iterator[Found]:
 
 
 def _tree(folder: Path, classes: ClassTable) -> Iterator[Found]:
+    others = {file.parent.name for file in folder.glob("*/*") if file.suffix.lower() in IMAGES} - set(classes.codes)
+    if others:
+        raise BuilderError(
+            f"the images in {folder / min(others)} have no class",
+            f"name their folder by one of {', '.join(classes.codes)}",
+        )
     for code in classes.codes:
         for file in sorted((folder / code).glob("*")):
             if file.suffix.lower() in IMAGES:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from builder.errors import BuilderError
-from builder.shards.dataset import NAME, all_datasets
+from builder.shards.dataset import NAME, Dataset, all_datasets, readable
+from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 
 
@@ -11,19 +12,29 @@ def remove_dataset(storage: Storage, name: str, *, force: bool = False) -> list[
     """Remove the dataset `name` and what killed runs left of it; returns the folders removed.
 
     dataset.json goes first, so that a removal that is itself killed leaves nothing that looks like a dataset.
-    BuilderError when nothing is there, or when a view points into its tars (unless `force`).
+    BuilderError when nothing is there, when a job is writing it, or when a view reads its tars (unless `force`).
     """
     if not NAME.fullmatch(name):
         raise BuilderError(f"'{name}' is not the name of a dataset", "give the NAME that `builder list` shows")
     folders = [folder for folder in (f"manifests/{name}", f"shards/{name}") if storage.exists(folder)]
     if not folders:
         raise BuilderError(f"there is no dataset '{name}' in {storage.root}", "see `builder list`")
-    views = [d.name for d in all_datasets(storage) if d.info.get("view") and d.info.get("parent") == name]
+    views = [
+        dataset.name for dataset, info in readable(all_datasets(storage)) if info.get("view") and dataset.name != name
+    ]
+    views = [view for view in views if _reads(Dataset(view, storage), name)]
     if views and not force:
         raise BuilderError(
             f"the views {', '.join(views)} read the images of '{name}'", "remove them first, or add --force"
         )
-    storage.remove(f"manifests/{name}/dataset.json")
-    for folder in folders:
-        storage.remove(folder)
+    with exclusive(Dataset(name, storage)):
+        storage.remove(f"manifests/{name}/dataset.json")
+        for folder in (f"shards/{name}", f"manifests/{name}"):
+            storage.remove(folder)
     return folders
+
+
+def _reads(view: Dataset, name: str) -> bool:
+    """Whether a view's rows point into the tars of `name`: of its parent, or of the parent's parent."""
+    tars = (view.shard_table(number, ["shard"])["shard"][0].as_py() for number in view.shard_numbers())
+    return any(tar.startswith(f"shards/{name}/") for tar in tars)

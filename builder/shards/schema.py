@@ -48,7 +48,7 @@ SYNTHETIC = [
 REAL = [
     _field("patient", pa.string(), "keyed hash (HMAC-SHA256, 32 hex digits) of the patient"),
     _field("split", pa.string(), "train, val or test; by patient"),
-    _field("source", pa.string(), "file name of the photograph, without folders"),
+    _field("source", pa.string(), "keyed hash of the photograph's path; of foreign images, their name"),
     _field(
         "box", pa.list_(pa.float32(), 4), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"
     ),

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from builder.errors import BuilderError
 
-TEMPORARY = ".tmp-"  # prefix of files being written; never read, removed by `builder rm`
+TEMPORARY = ".tmp-"  # prefix of files being written; never read
 
 
 class Storage:
@@ -79,6 +79,12 @@ class Storage:
             Path(temporary).unlink(missing_ok=True)
             raise
         _fsync_folder(target.parent)
+
+    def sweep(self, folder: str) -> None:
+        """Remove what killed processes were writing in a folder; only for who holds the dataset (see shards.lock)."""
+        if self.is_local and self.exists(folder):
+            for file in Path(self.path(folder)).glob(f"{TEMPORARY}*"):
+                file.unlink(missing_ok=True)
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""

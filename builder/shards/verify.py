@@ -56,9 +56,7 @@ def stray_tars(dataset: Dataset) -> list[str]:
 
 def _verify_info(dataset: Dataset) -> list[str]:
     info = dataset.info
-    findings = [
-        f"dataset.json has no '{key}'" for key in ("name", "state", "origin", "classes", "lineage") if key not in info
-    ]
+    findings = [f"dataset.json has no '{key}'" for key in ("name", "lineage") if key not in info]
     lineage = info.get("lineage") or {}
     if lineage.get("known") and not isinstance(lineage.get("patients"), list):
         findings.append("dataset.json: the lineage is said to be known, but lists no patients")
@@ -86,7 +84,7 @@ def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]]) -> 
 
 
 def _verify_members(path: str, data: bytes, rows: list[dict[str, Any]], *, whole: bool) -> list[str]:
-    """The tar's member names against the rows; a view need not use all of a tar."""
+    """The tar's members against the rows: KEY.png, KEY.cls and KEY.json each; a view need not use all of a tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             members = {member.name: member for member in tar.getmembers()}
@@ -97,23 +95,17 @@ def _verify_members(path: str, data: bytes, rows: list[dict[str, Any]], *, whole
             }
     except (tarfile.TarError, EOFError, OSError) as error:
         return [f"{path}: not a readable tar ({error})"]
-    findings = []
-    expected = set()
+    expected = {f"{row['key']}.{extension}" for row in rows for extension in ("png", "cls", "json")}
+    findings = [f"{path}: member {name} is missing" for name in sorted(expected - set(members))]
+    if whole:
+        findings += [f"{path}: member {name} is not in the manifest" for name in sorted(set(members) - expected)]
     for row in rows:
-        image = [
-            name for name in members if name.rpartition(".")[0] == row["key"] and name[-4:] not in (".cls", "json")
-        ]
-        if not image:
-            findings.append(f"{path}: no image of {row['key']}")
-        expected.update([*image, f"{row['key']}.cls", f"{row['key']}.json"])
         label = texts.get(f"{row['key']}.cls")
         if label is not None and label.strip() != str(row["label"]).encode():
             findings.append(f"{path}: label file of {row['key']} says {label!r}, the manifest {row['label']}")
         described = texts.get(f"{row['key']}.json")
         if described is not None and row["origin"] == "synthetic" and not _describes(described, row):
             findings.append(f"{path}: {row['key']}.json does not say what the manifest says")
-    if whole:
-        findings += [f"{path}: member {name} is not in the manifest" for name in sorted(set(members) - expected)]
     return findings
 
 

@@ -33,7 +33,7 @@ class Sample:
 def encode_png(pixels: np.ndarray) -> bytes:
     """Encode uint8 RGB pixels [H, W, 3], without metadata: real and synthetic alike."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGB" if pixels.ndim == 3 else None).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 

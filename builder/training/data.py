@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class TrainingCrops:
     pixels: Tensor
     labels: Tensor
     native: Tensor
-    patients: list[str]  # keyed hashes, sorted: the lineage of what is trained on them
+    patients: list[str]  # keyed hashes, sorted: the lineage of what is trained on them; none if any crop's is unknown
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,11 +47,12 @@ def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
     reading = tqdm(dataset.images(rows), total=len(rows), desc=f"read {dataset.name}", unit="crop", leave=False)
     pixels = np.stack([resize(image, size) for _, image in reading])
     sizes = [row["original_size"] or (row["width"], row["height"]) for row in rows]
+    patients = {row["patient"] for row in rows}
     return TrainingCrops(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         labels=torch.tensor([row["label"] for row in rows]),
         native=torch.tensor([(height, width) for width, height in sizes]),
-        patients=sorted({row["patient"] for row in rows if row["patient"]}),
+        patients=[] if None in patients else sorted(patients),
     )
 
 
@@ -82,8 +84,6 @@ class CropSampler:
 
 def step_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator of its own for each (seed, names): what is drawn at a step doesn't depend on the steps before."""
-    import hashlib
-
     digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 

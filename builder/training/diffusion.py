@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from builder.config import TrainConfig
+from builder.errors import BuilderError
 from builder.models.sdxl import Pipeline
 from builder.training.data import CropSampler, TrainingCrops, step_generator
 from builder.training.vae import encode
@@ -63,6 +64,10 @@ class DiffusionObjective:
         self.seed, self.device = seed, device
         self.scale = pipeline.vae.config.scaling_factor
         self.prediction = pipeline.scheduler.config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise BuilderError(
+                f"the model predicts '{self.prediction}'", "training knows prediction_type epsilon and v_prediction"
+            )
         self.alpha_bar = pipeline.scheduler.alphas_cumprod.to(torch.float32).cpu()
         self.weights = snr_weights(self.alpha_bar, self.prediction, config.min_snr_gamma)
         self.sampler = CropSampler(crops.labels, balanced=config.class_balanced, seed=seed)

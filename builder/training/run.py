@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from builder.config import Config, fingerprint
 from builder.errors import BuilderError
 from builder.models.checkpoint import Checkpoint, Lineage, resolve, save_checkpoint
 from builder.models.load import load_pipeline
 from builder.models.sdxl import Pipeline, build
+from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
 from builder.training.diffusion import DiffusionObjective, Latents, Prompts
@@ -59,7 +59,13 @@ def _start(config: Config) -> tuple[Pipeline, Checkpoint | None]:
         raise BuilderError(f"unknown model family '{config.model.family}'", "the families are: sdxl")
     if config.model.base:
         base = resolve(config.model.base)
-        return load_pipeline(base.path), base
+        pipeline = load_pipeline(base.path)
+        shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        if config.train.size % shrink:
+            raise BuilderError(
+                f"train.size {config.train.size} is not a multiple of the autoencoder's {shrink}", "choose another size"
+            )
+        return pipeline, base
     if not config.model.architecture:
         raise BuilderError("the config has neither model.base nor model.architecture", "start from configs/demo.yaml")
     if config.train.vae.steps < 1:
@@ -128,9 +134,14 @@ def _train_unet(
     )  # fmt: skip
     states = States(out / "state", fingerprint(_unet_identity(config, dataset)))
     states.restore(stage, device)
-    averaged = StableDiffusionXLPipeline(
+    averaged = type(pipeline)(
         **{**pipeline.components, "unet": stage.ema.model}, force_zeros_for_empty_prompt=True, add_watermarker=False
     )
+    # Made before the first step: prompts and sampling that cannot be are refused before hours of training.
+    sampler = Sampler(
+        averaged, dataclasses.replace(config.sample, size=settings.size),
+        {phase.code: phase.prompt for phase in config.classes}, sizes, str(device), torch.float32,
+    )  # fmt: skip
     info = dataset.info
     description = Checkpoint(
         out,
@@ -150,7 +161,7 @@ def _train_unet(
         target = out / f"step-{step:06d}"
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         save_checkpoint(averaged, dataclasses.replace(description, path=target, step=step, created=created))
-        write_samples(averaged, prompts, sizes, config, out / "samples" / f"step-{step:06d}.png", device)
+        write_samples(sampler, config.classes, out / "samples" / f"step-{step:06d}.png")
         for old in sorted(out.glob("step-??????"))[: -settings.keep_checkpoints]:
             shutil.rmtree(old)
 
@@ -162,10 +173,11 @@ def _train_unet(
 
 
 def _lineage(data: dict[str, Any], patients: list[str], base: Checkpoint | None) -> Lineage:
-    """The patients of these crops and of the base; unknown when either is, or when their keys differ."""
+    """The patients of these crops and of the base; unknown when either's are, or when their keys differ."""
     key = data.get("key_fingerprint")
-    known = bool(data.get("known"))
+    known = bool(data.get("known") and patients)
     if base is not None:
-        known = known and base.lineage.known and base.lineage.key_fingerprint in (None, key)
+        comparable = base.lineage.key_fingerprint == key or not base.lineage.patients
+        known = known and base.lineage.known and comparable
         patients = sorted({*patients, *base.lineage.patients})
     return Lineage(known, key, patients)

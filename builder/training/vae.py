@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from builder.config import VaeTrainConfig
+from builder.errors import BuilderError
 from builder.training.data import CropSampler, TrainingCrops, step_generator
 
 PCA_CROPS = 1000  # crops that the principal components are taken from
@@ -36,7 +37,15 @@ class PrincipalComponents:
     """
 
     def __init__(self, pixels: Tensor, channels: int, patch: int) -> None:
-        """pixels: uint8 [N, 3, S, S]; channels: of the latents; patch: px that a latent position covers."""
+        """pixels: uint8 [N, 3, S, S]; channels: of the latents; patch: px that a latent position covers.
+
+        BuilderError when a patch has fewer numbers than the latents have channels.
+        """
+        if channels > 3 * patch * patch:
+            raise BuilderError(
+                f"latents of {channels} channels for patches of {patch} x {patch} px compress nothing",
+                f"set model.architecture.vae.latent_channels to {3 * patch * patch} or less",
+            )
         sample = to_model(pixels[:: -(-len(pixels) // PCA_CROPS)])
         patches = functional.unfold(sample, patch, stride=patch).transpose(1, 2).reshape(-1, 3 * patch * patch).double()
         mean = patches.mean(0)

@@ -37,22 +37,18 @@ from tests.conftest import textured
 fatal, root = int(sys.argv[1]), sys.argv[2]
 step = 0
 
-def dies_at(name, call):
+def dies_at(call):
     def stepped(*args, **keywords):
         global step
         step += 1
-        if step == 2 * fatal - 1:
-            os._exit(9)  # before the step
-        result = call(*args, **keywords)
-        step += 1
-        if step == 2 * fatal:
-            os._exit(9)  # after it
-        return result
+        if step == fatal:
+            os._exit(9)  # no cleanup, nothing flushed: as kill -9
+        return call(*args, **keywords)
     return stepped
 
 for name in ("fsync", "replace", "fdopen", "fchmod"):
-    setattr(os, name, dies_at(name, getattr(os, name)))
-storage.tempfile.mkstemp = dies_at("mkstemp", storage.tempfile.mkstemp)
+    setattr(os, name, dies_at(getattr(os, name)))
+storage.tempfile.mkstemp = dies_at(storage.tempfile.mkstemp)
 pictures = [textured(i, 32) for i in range(3)]
 samples = [
     writer.Sample(writer.image_row(f"x-I-{i:08d}", "I", 0, "real", p), writer.encode_png(p))
@@ -89,7 +85,9 @@ def kill_the_commit(root: Path) -> None:
         else:
             assert visible_after is None, "a shard vanished"
         if died == 0:
-            print(f"commit: killed at each of {fatal - 1} points; visible, and whole, from point {visible_after} on")
+            print(
+                f"commit: killed before each of its {fatal - 1} steps; visible, and whole, before step {visible_after}"
+            )
             return
         assert died == 9, f"the commit ended with {died}"
     raise AssertionError("the commit never ended")
@@ -109,9 +107,9 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
     started = time.monotonic()
     subprocess.run([*command, "--out", str(whole)], check=True)
     length = time.monotonic() - started
-    moments = sorted(chance.uniform(0, length) for _ in range(kills))
-    chance.shuffle(moments)
-    for number, moment in enumerate(moments):
+    killed = 0
+    while killed < kills:
+        moment = chance.uniform(0, length)
         job = subprocess.Popen(
             [*command, "--out", str(chaotic)],
             start_new_session=True,
@@ -119,19 +117,20 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
             stderr=subprocess.DEVNULL,
         )
         try:
-            job.wait(moment)
+            ended = job.wait(moment)
         except subprocess.TimeoutExpired:
             os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
+            ended = job.wait()
         dataset = Dataset("chaos", Storage(chaotic))
         visible = dataset.shard_numbers()
         if dataset.exists():
             partial = verify_dataset(dataset)
-            assert not partial, f"after kill {number + 1}: {partial}"
-        print(f"kill {number + 1:>2} after {moment:5.1f} s of {length:.0f}: shards visible {visible}, all whole")
-        if (
-            len(visible) == -(-count // SHARD) and number < kills - 1
-        ):  # it had ended: start over, so that every kill counts
+            assert not partial, f"after kill {killed + 1}: {partial}"
+        if ended == -signal.SIGKILL:
+            killed += 1
+            print(f"kill {killed:>2} after {moment:5.1f} s of {length:.0f}: shards visible {visible}, all whole")
+        else:  # it was done before its moment: that is no kill, so start over
+            assert ended == 0, f"the job ended with {ended}"
             subprocess.run([sys.executable, "-m", "builder", "rm", "chaos", "--yes", "--out", str(chaotic)], check=True)
     subprocess.run([*command, "--out", str(chaotic)], check=True)
     one, two = _tars(whole), _tars(chaotic)

@@ -17,11 +17,12 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
 
+from builder.quality.reference import blurred, flat
 from builder.shards.dataset import Dataset, find_dataset, resize
 from builder.shards.storage import Storage
 from builder.shards.writer import encode_png
@@ -71,16 +72,6 @@ def main() -> None:
     report.end()
 
 
-def flat(crop: np.ndarray) -> np.ndarray:
-    """The crop's mean colour all over."""
-    return np.broadcast_to(crop.reshape(-1, 3).mean(0).round().astype(np.uint8), crop.shape).copy()
-
-
-def blurred(share: float) -> Spoil:
-    """A Gaussian blur whose sigma is `share` of the width."""
-    return lambda crop: np.asarray(Image.fromarray(crop).filter(ImageFilter.GaussianBlur(share * crop.shape[1])))
-
-
 def black(crop: np.ndarray) -> np.ndarray:
     return np.zeros_like(crop)
 
@@ -92,9 +83,9 @@ def nearly_black(crop: np.ndarray) -> np.ndarray:
 
 SPOILS: dict[str, Spoil] = {
     "flat": flat,
-    "blurred 5 %": blurred(0.05),
-    "blurred 7 %": blurred(0.07),
-    "blurred 10 %": blurred(0.10),
+    "blurred 5 %": partial(blurred, share=0.05),
+    "blurred 7 %": partial(blurred, share=0.07),
+    "blurred 10 %": partial(blurred, share=0.10),
     "black": black,
     "nearly black": nearly_black,
 }

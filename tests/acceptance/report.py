@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from builder.job.devices import cores
 from builder.sampling.device import device_model
 
 
@@ -18,10 +19,9 @@ class Report:
         import torch
 
         self._missed: list[str] = []
-        cores = len(os.sched_getaffinity(0))
         now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="minutes")
         print(f"{title}, {now}")
-        print(f"machine: {device_model('cpu')}, {cores} cores, load {os.getloadavg()[0]:.1f} at the start; "
+        print(f"machine: {device_model('cpu')}, {cores()} cores, load {os.getloadavg()[0]:.1f} at the start; "
               f"torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
         print(", ".join(f"{name}: {value}" for name, value in settings.items()))
 
