@@ -22,7 +22,7 @@ from builder.job.engines import local
 from builder.job.pending import committed_units
 from builder.job.plan import Plan, Unit
 from builder.job.regenerate import Regenerator
-from builder.job.run import run_job
+from builder.job.run import Estimate, run_job
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import read_checkpoint
 from builder.sampling.sampler import Sampler
@@ -281,7 +281,7 @@ def test_a_killed_worker_is_replaced(spec: JobSpec, tmp_path: Path) -> None:
 
 ORPHANS = """
 import os, pickle, sys, threading
-from builder.job.run import run_job
+from builder.job.run import Estimate, run_job
 
 def report():
     import multiprocessing
@@ -381,3 +381,10 @@ def test_zero_images_and_a_real_datasets_name_are_refused(spec: JobSpec, real_ro
         run(dataclasses.replace(spec, name="clinic", out=str(real_root)), 4)
     with pytest.raises(BuilderError, match="unknown engine"):
         run(spec, 4, engine="locale")
+
+
+def test_the_estimate_leaves_loading_out_and_is_said_once() -> None:
+    estimate = Estimate(pending=7200, first=2)
+    said = [estimate.batch(20, now) for now in (100.0, 110.0, 120.0, 130.0)]
+    assert said[0] is said[1] is said[3] is None
+    assert said[2] == "estimate: 7,200 images at 2.0 images/s take 1:00:00"

@@ -136,10 +136,20 @@ def test_round_trip(saved: Checkpoint) -> None:
     assert source.unet.dtype == torch.float32  # saving in half precision leaves the pipeline alone
 
 
-def test_hash_is_of_the_weights_alone(saved: Checkpoint, copied: Path) -> None:
-    (copied / "checkpoint.json").unlink()
+def test_hash_is_of_what_decides_the_images(saved: Checkpoint, copied: Path) -> None:
+    description = json.loads((copied / "checkpoint.json").read_text())
+    (copied / "checkpoint.json").write_text(json.dumps({**description, "metrics": {"fid": 1.0}, "created": "later"}))
     assert read_checkpoint(copied).sha256 == saved.sha256
+    (copied / "checkpoint.json").write_text(json.dumps({**description, "original_sizes": {"I": [9]}}))
+    assert read_checkpoint(copied).sha256 != saved.sha256
+    (copied / "checkpoint.json").write_text(json.dumps(description))
     _edit(copied / "unet", lambda weights: weights["conv_in.bias"].add_(1))
+    assert read_checkpoint(copied).sha256 != saved.sha256
+
+
+def test_hash_sees_the_settings_beside_the_weights(saved: Checkpoint, copied: Path) -> None:
+    scheduler = copied / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("v_prediction", "epsilon"))
     assert read_checkpoint(copied).sha256 != saved.sha256
 
 

@@ -112,16 +112,24 @@ def _parse(words: tuple[str, ...]) -> tuple[str | None, list[Range]]:
 
 
 def _print_yardstick(reference: Reference, criteria: Criteria) -> None:
-    """What share of real, flat and blurred images the same criteria would pass: the honest scale of a threshold."""
+    """What share of real, flat and blurred images would pass: the honest scale of a threshold.
+
+    A range of one phase is a gate, one of all phases a threshold. --where is left out: known images have no row.
+    """
     from builder.quality.reference import yardstick_table
     from builder.shards.filter import Criteria, judge
 
-    click.echo("\nshare that these criteria would pass (by the reference's yardsticks):")
+    thresholds = Criteria(tuple(limit for limit in criteria.ranges if limit.phase is None))
+    click.echo("\nknown images (the reference's yardsticks) that would pass:")
+    click.echo(f"  {'':<28}{'thresholds alone':>18}{'with the gates':>18}{'N':>6}")
     for kind, table in yardstick_table(reference).items():
-        reasons = judge(table, Criteria(criteria.ranges))  # a known image has no manifest row for --where
-        share = sum(not said for said in reasons) / max(1, len(reasons))
-        click.echo(f"  {kind:<28} {share:6.1%}  of {len(reasons)}")
+        shares = [_share_passing(judge(table, asked)) for asked in (thresholds, Criteria(criteria.ranges))]
+        click.echo(f"  {kind:<28}{shares[0]:>18.1%}{shares[1]:>18.1%}{table.num_rows:>6}")
     click.echo("")
+
+
+def _share_passing(reasons: list[list[str]]) -> float:
+    return sum(not said for said in reasons) / max(1, len(reasons))
 
 
 def _print_tally(tally: Tally, source: Dataset) -> None:

@@ -80,7 +80,7 @@ def run_job(
         described = _describe(spec, count, units, pending, workers)
         say(described)
         log.info("%s", described)
-        progress = _Progress(total, total - sum(len(unit) for unit in pending))
+        progress = _Progress(total, total - sum(len(unit) for unit in pending), workers)
         started = time.monotonic()
         try:
             with progress.bar:
@@ -117,17 +117,49 @@ def log_to_file(spec: JobSpec) -> Path:
     return path
 
 
+class Estimate:
+    """How long a run takes, from its first batches: said once, after `first` batches beyond the very first.
+
+    Loading and the first batch are left out: they come once, and the rest is what makes a run long.
+    """
+
+    def __init__(self, pending: int, first: int) -> None:
+        self.pending, self.first = pending, first
+        self.began: float | None = None
+        self.batches = self.images = 0
+
+    def batch(self, images: int, now: float) -> str | None:
+        """Hear of a finished batch at `now` (seconds of a monotonic clock); the estimate in words when it is due."""
+        if self.began is None:
+            self.began = now
+            return None
+        self.batches += 1
+        self.images += images
+        if self.batches != self.first or self.images <= 0 or now <= self.began:
+            return None
+        rate = self.images / (now - self.began)
+        minutes, seconds = divmod(round(self.pending / rate), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"estimate: {self.pending:,} images at {rate:.1f} images/s take {hours}:{minutes:02d}:{seconds:02d}"
+
+
 class _Progress:
     """The Report that draws a progress bar and keeps count."""
 
-    def __init__(self, total: int, there: int) -> None:
+    def __init__(self, total: int, there: int, workers: int) -> None:
         self.bar = tqdm(total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05)
+        self.pending = total - there
+        self.sampled = Estimate(self.pending, first=2 * workers)
         self.made = 0
         self.replaced = 0
         self.failures: dict[int, str] = {}
 
     def batch(self, images: int) -> None:
         self.bar.update(images)
+        said = self.sampled.batch(images, time.monotonic())
+        if said:
+            self.bar.write(said)
+            log.info("%s", said)
 
     def done(self, unit: Unit, replaced: int) -> None:
         log.info("unit %d committed: %d images, %d replaced", unit.number, len(unit), replaced)
@@ -196,7 +228,7 @@ def _describe(spec: JobSpec, count: int, units: list[Unit], pending: list[Unit],
         f"dataset '{spec.name}': {count:,} images of {size} px ({phases}) in {len(units)} shards, "
         f"{len(pending)} of them to make\n"
         f"{images:,} images on {workers} worker{'s' if workers != 1 else ''}, about {megabytes:,.0f} MB; "
-        f"time left is shown as soon as the first images are made"
+        f"the time is estimated from the first batches"
     )
 
 

@@ -58,9 +58,10 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over the sorted weight files: their relative paths and hashes."""
-        total = hashlib.sha256()
-        for file in sorted(self.path.rglob("*.safetensors"), key=lambda path: path.relative_to(self.path).as_posix()):
+        """SHA-256 over what decides the images: weights, and the settings of every part (scheduler, scale, tokens)."""
+        total = hashlib.sha256(json.dumps(self.original_sizes, sort_keys=True).encode())
+        parts = [path for path in self.path.glob("*/*") if path.suffix in (".safetensors", ".json", ".txt")]
+        for file in sorted(parts, key=lambda path: path.relative_to(self.path).as_posix()):
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             total.update(f"{file.relative_to(self.path).as_posix()} {digest}\n".encode())

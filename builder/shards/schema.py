@@ -34,7 +34,7 @@ SYNTHETIC = [
         "reserve", pa.int32(), "0: the planned seed; n: the n-th reserve seed, because earlier ones gave a bad image"
     ),
     _field("checkpoint", pa.string(), "name of the checkpoint"),
-    _field("checkpoint_sha256", pa.string(), "of the checkpoint's weight files"),
+    _field("checkpoint_sha256", pa.string(), "of the checkpoint's weights and settings"),
     _field("prompt", pa.string(), "positive prompt"),
     _field("negative_prompt", pa.string(), "negative prompt"),
     _field("guidance", pa.float32(), "classifier-free guidance scale (Ho & Salimans 2022)"),
