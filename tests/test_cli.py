@@ -389,3 +389,52 @@ def test_a_builder_error_survives_the_way_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(BuilderError("what", "remedy")))
     assert (error.what, error.remedy) == ("what", "remedy")
+
+
+TRAINED = """
+extends: tiny
+name: trained
+model:
+  architecture: {architecture}
+train:
+  size: 16
+  steps: 4
+  batch_size: 4
+  warmup_steps: 1
+  checkpoint_every: 2
+  vae: {{steps: 2, batch_size: 4, guided_steps: 2}}
+"""
+
+
+def test_train_then_shards_from_what_was_trained(builder, made: Path) -> None:
+    import json
+
+    from tests.test_models import ARCHITECTURE
+
+    (made / "trained.yaml").write_text(TRAINED.format(architecture=json.dumps(ARCHITECTURE)))
+    trained = builder("train", "--config", "trained.yaml")
+    assert trained.code == 0, trained.output
+    assert "checkpoints/trained/step-000004" in trained.output
+    assert (made / "checkpoints/trained/loss.png").is_file()
+    result = builder(
+        "shards", "--config", "trained.yaml", "--count", "6", "--checkpoint", "trained", "--engine", "inline"
+    )
+    assert result.code == 0, result.output
+    info = find_dataset("trained-IPR", str(made)).info
+    assert info["lineage"]["known"]
+    trained_on = {
+        row["patient"] for row in find_dataset("clinic", str(made)).table().to_pylist() if row["split"] == "train"
+    }
+    assert set(info["lineage"]["patients"]) == trained_on
+
+
+def test_demo_photographs_are_what_a_user_of_pack_has(builder, tmp_path: Path) -> None:
+    rendered = builder("demo", "photographs", "clinic", "--patients", "5", "--workers", "1")
+    assert rendered.code == 0, rendered.output
+    packed = builder(
+        "pack", "clinic/photographs", "--boxes", "clinic/boxes.csv", "--labels", "clinic/labels.csv", "--name", "c"
+    )
+    assert packed.code == 0, packed.output
+    rows = find_dataset("c", str(tmp_path)).table().to_pylist()
+    assert {row["phase"] for row in rows} == set("IPR")
+    assert len({row["patient"] for row in rows}) == 5

@@ -100,7 +100,9 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
         "--set", f"shards.images_per_shard={SHARD}",
     ]  # fmt: skip
     whole, chaotic = root / "whole", root / "chaotic"
-    subprocess.run([sys.executable, "-m", "builder", "demo", "phantom", "--out", str(whole)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "builder", "demo", "phantom", "--patients", "60", "--out", str(whole)], check=True
+    )
     chaotic.mkdir()
     for folder in ("shards", "manifests"):
         shutil.copytree(whole / folder, chaotic / folder)
