@@ -23,7 +23,7 @@ from builder.crops.summary import PackSummary, Tally
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
 from builder.shards.lock import LOCK, exclusive
-from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from builder.shards.writer import Sample, encode_png, image_row, write_shards
 
 __all__ = ["PackRequest", "PackSummary", "pack"]
 
@@ -70,8 +70,7 @@ def _all_or_nothing(dataset: Dataset) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        dataset.storage.remove(manifests)
-        dataset.storage.remove(shards)
+        dataset.clear()
         failure = error if isinstance(error, OSError) else error.__cause__
         if isinstance(failure, OSError):
             raise BuilderError(
@@ -167,22 +166,21 @@ def _write(
     progress: bool,
 ) -> PackSummary:
     tally = Tally(request.classes.codes)
-    shard, photographs = 0, set()
-    samples: list[Sample] = []
+    photographs = set()
     total = sum(len(planned) for planned in plan.crops.values())
-    with tqdm(total=total, desc=f"packing {dataset.name}", unit="crop", disable=not progress) as bar:
+    bar = tqdm(total=total, desc=f"packing {dataset.name}", unit="crop", disable=not progress)
+
+    def counted() -> Iterator[Sample]:
         for name, planned, row, payload in _samples(request, dataset.name, plan, patients, splits, key):
             tally.add(
                 row, max(planned.box[2] - planned.box[0], planned.box[3] - planned.box[1]) if planned.box else None
             )
             photographs.add(name)
-            samples.append(Sample(row, payload))
             bar.update()
-            if len(samples) == request.images_per_shard:
-                write_shard(dataset.storage, dataset.name, shard, samples)
-                shard, samples = shard + 1, []
-        if samples:
-            write_shard(dataset.storage, dataset.name, shard, samples)
+            yield Sample(row, payload)
+
+    with bar:
+        write_shards(dataset.storage, dataset.name, counted(), request.images_per_shard)
     require_all_phases(request.classes, tally.phases)
     notes = [f"patients are hashed with the key of fingerprint {key.fingerprint}: {key.origin}", *plan.notes]
     return tally.summary(dataset.name, len(photographs), plan.skipped, notes)

@@ -96,7 +96,7 @@ def run_job(
             outcome.made, outcome.seconds, outcome.replaced, len(outcome.failed),
         )  # fmt: skip
         if not outcome.failed:
-            info.update(state="complete", count=total, scores=_score_protocol(dataset))
+            info.update(state="complete", count=total, scores=load_reference(dataset).protocol())
             dataset.write_info(info)
         return outcome
 
@@ -148,15 +148,14 @@ class _Progress:
 
     def __init__(self, total: int, there: int, workers: int) -> None:
         self.bar = tqdm(total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05)
-        self.pending = total - there
-        self.sampled = Estimate(self.pending, first=2 * workers)
+        self.estimate = Estimate(total - there, first=2 * workers)
         self.made = 0
         self.replaced = 0
         self.failures: dict[int, str] = {}
 
     def batch(self, images: int) -> None:
         self.bar.update(images)
-        said = self.sampled.batch(images, time.monotonic())
+        said = self.estimate.batch(images, time.monotonic())
         if said:
             self.bar.write(said)
             log.info("%s", said)
@@ -212,10 +211,6 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
     prepare(0)  # one thread here too: several fight with other processes, and then take minutes
     size = spec.config.sample.size
     save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size))
-
-
-def _score_protocol(dataset: Dataset) -> dict[str, Any]:
-    return load_reference(dataset).protocol()
 
 
 def _describe(spec: JobSpec, count: int, units: list[Unit], pending: list[Unit], workers: int) -> str:

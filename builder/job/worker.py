@@ -11,11 +11,14 @@ from typing import Any
 from builder.errors import BuilderError
 from builder.job.plan import Unit, batches
 from builder.job.spec import JobSpec
+from builder.models.checkpoint import read_checkpoint
 from builder.phases import ClassTable
+from builder.quality.reference import STAMP, load_reference
+from builder.quality.scorer import Scorer
 from builder.sampling.device import dtype_name
-from builder.sampling.sampler import HIGHER_PRECISION, Request, Sampler
+from builder.sampling.sampler import HIGHER_PRECISION, Request, Sampler, load_sampler
 from builder.sampling.seeds import MAX_RESERVE, seed_of
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 
@@ -41,13 +44,6 @@ class Worker:
     """Loads once; `make(unit)` generates, scores and commits one shard."""
 
     def __init__(self, spec: JobSpec, device: str) -> None:
-        # Imported late: scoring reads the real crops, which `regenerate` does without.
-        from builder.models.checkpoint import read_checkpoint
-        from builder.quality.reference import load_reference
-        from builder.quality.scorer import Scorer
-        from builder.sampling.sampler import load_sampler
-        from builder.shards.dataset import find_dataset
-
         self.spec = spec
         self.dataset = Dataset(spec.name, Storage(spec.out))
         self.checkpoint = read_checkpoint(Path(spec.checkpoint))
@@ -67,7 +63,7 @@ class Worker:
             samples += [self._sample(image, score) for image, score in zip(kept, scores, strict=True)]
             replaced += sum(image.reserve > 0 for image in kept)
             on_batch(len(kept))
-        place = {"start": str(unit.start), "stop": str(unit.stop), "scores": self.reference.version}
+        place = {"start": str(unit.start), "stop": str(unit.stop), STAMP: self.reference.version}
         write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place)
         return replaced
 

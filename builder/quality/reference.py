@@ -23,6 +23,7 @@ from builder.quality.statistics import image_statistics
 from builder.shards.dataset import Dataset, resize
 from builder.shards.schema import SCORE_NAMES
 
+STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
 SCORE_VERSION = 1  # of the code: raise it when a score's definition changes
 BLUR = 0.05  # Gaussian sigma as a share of the image's width; such an image shows no wound any more
 GATE_CROPS = 300  # training crops of a phase that its gates are made from

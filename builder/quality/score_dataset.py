@@ -8,14 +8,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from builder.config import ScoreConfig
-from builder.quality.reference import Reference, build_reference, save_reference
+from builder.quality.reference import STAMP, Reference, build_reference, save_reference
 from builder.quality.scorer import Scorer
 from builder.shards.dataset import Dataset
 from builder.shards.schema import SCORES
 from builder.shards.writer import manifest_path, write_manifest
 
 CHUNK = 64  # images decoded and scored together
-STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
 
 
 def score_dataset(

@@ -77,6 +77,11 @@ class Dataset:
     def write_info(self, info: dict[str, Any]) -> None:
         self.storage.write(self.info_path, json.dumps(info, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
 
+    def clear(self) -> None:
+        """Remove all of it, dataset.json first: killed on the way, this leaves nothing that looks like a dataset."""
+        for path in (self.info_path, f"shards/{self.name}", f"manifests/{self.name}"):
+            self.storage.remove(path)
+
     @cached_property
     def classes(self) -> ClassTable:
         return ClassTable.from_json(self.info["classes"])

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import datetime
-import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from builder.errors import BuilderError, did_you_mean
 from builder.shards.dataset import Dataset
 from builder.shards.schema import IDENTITY, SCORE_NAMES
-from builder.shards.writer import Sample, manifest_path, shard_name, write_manifest, write_shard
+from builder.shards.writer import IMAGES_PER_SHARD, Sample, manifest_path, shard_name, write_manifest, write_shards
 
-IMAGES_PER_SHARD = 200  # of a foreign dataset, whose dataset.json names no such number
 PLACE = ("shard", "offset", "size")
-ORIGINS = (
-    "inputs",
-    "summary",
-    "adopted_from",
-)  # what dataset.json says of how the source came to be: not so the target
+HISTORY = ("inputs", "summary", "adopted_from")  # of dataset.json: how the source came to be, which is not the target's
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,19 @@ def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None,
     """
     if target is None:
         tally = Tally()
-        for number in dataset.shard_numbers():
-            table = dataset.shard_table(number)
-            tally.add(table["phase"].to_pylist(), judge(table, criteria))
+        for _ in _judged(dataset, criteria, tally, None):
+            continue
         return tally
     if already_filtered(dataset, criteria, target, view=view):
         return filter_dataset(dataset, criteria, None)
     info = _begin(dataset, criteria, target, view=view)
-    tally = _write_view(dataset, criteria, target) if view else _write_repacked(dataset, criteria, target)
+    tally = Tally()
+    judged = _judged(dataset, criteria, tally, target)
+    if view:
+        _write_view(judged, target)
+    else:
+        per_shard = info.get("config", {}).get("shards", {}).get("images_per_shard", IMAGES_PER_SHARD)
+        write_shards(target.storage, target.name, _samples(judged, dataset), per_shard)
     target.write_info({**info, "state": "complete", "count": sum(tally.kept.values())})
     return tally
 
@@ -122,10 +120,9 @@ def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, v
 
 def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> dict[str, Any]:
     source = dataset.info
-    for folder in (f"shards/{target.name}", f"manifests/{target.name}"):
-        target.storage.remove(folder)  # what an interrupted run left; complete targets are refused before
+    target.clear()  # what an interrupted run left; complete targets are refused before
     info = {
-        **{key: value for key, value in source.items() if key not in ORIGINS},
+        **{key: value for key, value in source.items() if key not in HISTORY},
         "name": target.name,
         "state": "partial",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -139,54 +136,33 @@ def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool)
     return info
 
 
-def _write_view(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
-    tally = Tally()
+def _judged(
+    dataset: Dataset, criteria: Criteria, tally: Tally, target: Dataset | None
+) -> Iterator[tuple[int, pa.Table]]:
+    """Number and accepted rows of each shard; the rest is counted and, with a target, written to its rejects."""
     for number in dataset.shard_numbers():
         table = dataset.shard_table(number)
         reasons = judge(table, criteria)
         tally.add(table["phase"].to_pylist(), reasons)
-        accepted = table.filter(pa.array([not said for said in reasons]))
-        _write_rejects(target, number, table, reasons)
+        rejected = pa.array([bool(said) for said in reasons], pa.bool_())
+        if target is not None and pc.any(rejected).as_py():
+            turned_away = table.filter(rejected).append_column("reason", pa.array(["; ".join(r) for r in reasons if r]))
+            path = f"manifests/{target.name}/rejects/{shard_name(number)}.parquet"
+            write_manifest(target.storage, path, turned_away)
+        yield number, table.filter(pc.invert(rejected))
+
+
+def _write_view(judged: Iterable[tuple[int, pa.Table]], target: Dataset) -> None:
+    for number, accepted in judged:
         if accepted.num_rows:
             write_manifest(target.storage, manifest_path(target.name, number), accepted)
-    return tally
 
 
-def _write_repacked(dataset: Dataset, criteria: Criteria, target: Dataset) -> Tally:
-    tally = Tally()
-    per_shard = dataset.info.get("config", {}).get("shards", {}).get("images_per_shard", IMAGES_PER_SHARD)
-    pending: list[Sample] = []
-    shards = 0
-    for sample in _accepted(dataset, criteria, target, tally):
-        pending.append(sample)
-        if len(pending) == per_shard:
-            write_shard(target.storage, target.name, shards, pending)
-            pending, shards = [], shards + 1
-    if pending:
-        write_shard(target.storage, target.name, shards, pending)
-    return tally
-
-
-def _accepted(dataset: Dataset, criteria: Criteria, target: Dataset, tally: Tally) -> Iterator[Sample]:
-    for number in dataset.shard_numbers():
-        table = dataset.shard_table(number)
-        reasons = judge(table, criteria)
-        tally.add(table["phase"].to_pylist(), reasons)
-        _write_rejects(target, number, table, reasons)
-        for row, said in zip(table.to_pylist(), reasons, strict=True):
-            if not said:
-                payload = dataset.payload(row)
-                yield Sample({name: value for name, value in row.items() if name not in PLACE}, payload)
-
-
-def _write_rejects(target: Dataset, number: int, table: pa.Table, reasons: list[list[str]]) -> None:
-    rejected = table.filter(pa.array([bool(said) for said in reasons], pa.bool_()))
-    if not rejected.num_rows:
-        return
-    said_of = pa.array(["; ".join(said) for said in reasons if said])
-    buffer = io.BytesIO()
-    pq.write_table(rejected.append_column("reason", said_of), buffer, compression="zstd")
-    target.storage.write(f"manifests/{target.name}/rejects/{shard_name(number)}.parquet", buffer.getvalue())
+def _samples(judged: Iterable[tuple[int, pa.Table]], dataset: Dataset) -> Iterator[Sample]:
+    """The accepted images with their payloads, byte for byte."""
+    for _, accepted in judged:
+        for row in accepted.to_pylist():
+            yield Sample({name: value for name, value in row.items() if name not in PLACE}, dataset.payload(row))
 
 
 def _violates(table: pa.Table, limit: Range) -> pa.Array:

@@ -25,10 +25,9 @@ from builder.errors import BuilderError
 from builder.phases import ClassTable
 from builder.shards.dataset import NAME, Dataset
 from builder.shards.storage import Storage
-from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from builder.shards.writer import IMAGES_PER_SHARD, Sample, encode_png, image_row, write_shards
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-IMAGES_PER_SHARD = 200
 
 Found = tuple[str, str, np.ndarray]  # phase, name of the original, pixels
 
@@ -63,41 +62,33 @@ def adopt(
             raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
         if dataset.info["state"] == "complete":
             return dataset
-    _clear(dataset)  # what a killed run left
+    dataset.clear()  # what a killed run left
     info = _info(dataset.name, source, classes, origin)
     try:
         dataset.write_info(info)
         count = _pack(source, dataset, classes, origin)
         dataset.write_info({**info, "state": "complete", "count": count})
     except Exception:
-        _clear(dataset)
+        dataset.clear()
         raise
     return dataset
 
 
 def _pack(source: str, dataset: Dataset, classes: ClassTable, origin: str) -> int:
     counts: Counter[str] = Counter()
-    pending: list[Sample] = []
-    shards = 0
-    for phase, original, pixels in _images(source, classes):
-        key = f"{dataset.name}-{phase}-{counts[phase]:08d}"
-        counts[phase] += 1
-        row = {**image_row(key, phase, classes.label(phase), origin, pixels), "source": original}
-        pending.append(Sample(row, encode_png(pixels)))
-        if len(pending) == IMAGES_PER_SHARD:
-            write_shard(dataset.storage, dataset.name, shards, pending)
-            pending, shards = [], shards + 1
-    if pending:
-        write_shard(dataset.storage, dataset.name, shards, pending)
+
+    def samples() -> Iterator[Sample]:
+        for phase, original, pixels in _images(source, classes):
+            key = f"{dataset.name}-{phase}-{counts[phase]:08d}"
+            counts[phase] += 1
+            row = {**image_row(key, phase, classes.label(phase), origin, pixels), "source": original}
+            yield Sample(row, encode_png(pixels))
+
+    write_shards(dataset.storage, dataset.name, samples(), IMAGES_PER_SHARD)
     if not counts:
         expected = f"expected {', '.join(IMAGES)} in tars or in folders {', '.join(classes.codes)}"
         raise BuilderError(f"{source} holds no images", expected)
     return counts.total()
-
-
-def _clear(dataset: Dataset) -> None:
-    for folder in (f"manifests/{dataset.name}", f"shards/{dataset.name}"):
-        dataset.storage.remove(folder)
 
 
 def _name(source: str) -> str:

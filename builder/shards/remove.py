@@ -27,10 +27,9 @@ def remove_dataset(storage: Storage, name: str, *, force: bool = False) -> list[
         raise BuilderError(
             f"the views {', '.join(views)} read the images of '{name}'", "remove them first, or add --force"
         )
-    with exclusive(Dataset(name, storage)):
-        storage.remove(f"manifests/{name}/dataset.json")
-        for folder in (f"shards/{name}", f"manifests/{name}"):
-            storage.remove(folder)
+    dataset = Dataset(name, storage)
+    with exclusive(dataset):
+        dataset.clear()
     return folders
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from builder.errors import BuilderError
 from builder.shards.schema import member_json, to_table
 from builder.shards.storage import Storage
 
+IMAGES_PER_SHARD = 200  # of datasets that no config says it of
 PNG_LEVEL = 6  # of zlib; part of the bytes, so fixed
 
 
@@ -80,6 +82,16 @@ def write_shard(
             f"shard {number} of '{dataset}' cannot be written under {storage.root}: {error.strerror or error}",
             "make room or choose another --out; what was written before is safe, and the same command continues",
         ) from error
+
+
+def write_shards(storage: Storage, dataset: str, samples: Iterable[Sample], images_per_shard: int) -> None:
+    """Commit samples as shards 0, 1, ... of `images_per_shard` images each; the last one may hold fewer."""
+    left = iter(samples)
+    for number in itertools.count():
+        batch = list(itertools.islice(left, images_per_shard))
+        if not batch:
+            return
+        write_shard(storage, dataset, number, batch)
 
 
 def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:
