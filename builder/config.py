@@ -98,6 +98,8 @@ class ScoreConfig:
     ssim_stride: int = 7  # odd: an even one meets the same phase of an image enlarged 8 times again and again
     panel: int = 16
     panel_seed: int = 0
+    features: str = "efficientnet-lite0"  # or inception, dinov2:FOLDER, module:callable
+    lpips: str = "auto"  # a file of torchvision's AlexNet weights; auto: torch's cache, if they are there; off
 
     def __post_init__(self) -> None:
         _at_least(self, "score", ssim_size=11, ssim_stride=1, panel=1)  # SSIM's window is 11 px wide

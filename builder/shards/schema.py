@@ -59,7 +59,7 @@ REAL = [
         unit="px",
     ),
 ]
-SCORES = [
+IMAGE_SCORES = [
     _field(
         "ssim",
         pa.float32(),
@@ -67,6 +67,12 @@ SCORES = [
         range="-1..1",
     ),
     _field("ssim_mean", pa.float32(), "mean structural similarity over the phase's panel", range="-1..1"),
+    _field("lpips", pa.float32(), "least LPIPS-Alex (Zhang 2018) over the phase's panel; null without its weights"),
+    _field("lpips_mean", pa.float32(), "mean LPIPS-Alex over the phase's panel; null without its weights"),
+    _field("feature_distance", pa.float32(), "Euclidean, to the nearest training crop of the phase in feature space"),
+    _field("realism", pa.float32(), "realism score (Kynkaanniemi 2019) among the phase's training crops", range="0.."),
+    _field("phase_probability", pa.float32(), "of the image's phase, by the calibrated linear probe", range="0..1"),
+    _field("phase_margin", pa.float32(), "phase_probability less the largest of another phase", range="-1..1"),
     _field(
         "sharpness",
         pa.float32(),
@@ -75,12 +81,26 @@ SCORES = [
     ),
     _field("contrast", pa.float32(), "standard deviation of the luma, at 64 px", range="0..127.5"),
     _field("clipped", pa.float32(), "share of pixels with a channel at 0 or 255", range="0..1"),
+    _field("copy_score", pa.float32(), "pixel similarity to the most similar training crop, aligned", range="-1..1"),
+    _field("duplicate_score", pa.float32(), "the same similarity to the most similar earlier image", range="-1..1"),
+]
+PERCENTILES = [  # of every score that has a scale among real crops
+    _field(f"{field.name}_real_pct", pa.float32(), f"where {field.name} lies among real crops of the phase, each "
+           "scored as if its own patient's crops were not there", unit="%", range="0..100")
+    for field in IMAGE_SCORES if field.name != "duplicate_score"
+]  # fmt: skip
+SCORES = [
+    *IMAGE_SCORES,
+    *PERCENTILES,
     _field("mean_r", pa.float32(), "mean of the red channel", range="0..255"),
     _field("mean_g", pa.float32(), "mean of the green channel", range="0..255"),
     _field("mean_b", pa.float32(), "mean of the blue channel", range="0..255"),
+    _field("copy_of", pa.string(), "key of the most similar training crop; a copy only above the reference's alarm"),
+    _field("duplicate_of", pa.string(), "key of the earlier image that this one repeats; null: of none"),
 ]
 
 SCORE_NAMES = tuple(field.name for field in SCORES)
+NUMERIC_SCORES = tuple(field.name for field in SCORES if field.type == pa.float32())
 SCHEMA = pa.schema(IDENTITY + SYNTHETIC + REAL + SCORES)
 
 # What may differ between two runs that make the same images: never in the tar's JSON member.
