@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
 
 Rows = list[dict[str, Any]]
+Panel = TypeVar("Panel")
 
 
 def choose_panel(dataset: Dataset, codes: Sequence[str], n: int = 16, seed: int = 0) -> dict[str, Rows]:
@@ -52,9 +55,37 @@ def spread(rows: Rows, n: int, salt: str) -> Rows:
 
     patients: dict[str, Rows] = defaultdict(list)
     for row in sorted(rows, key=lambda row: rank(row["key"])):
-        patients[row["patient"] or row["source"] or row["key"]].append(row)
+        patients[patient_of(row)].append(row)
     turns = zip_longest(*(patients[patient] for patient in sorted(patients, key=rank)))
     return [row for turn in turns for row in turn if row is not None][:n]
+
+
+def each_by_phase(
+    images: Sequence[Any], codes: Sequence[str], panels: Mapping[str, Panel], batch: int,
+    measure: Callable[[Sequence[Any], Panel], np.ndarray],
+) -> list[np.ndarray]:  # fmt: skip
+    """What `measure(images, panel)`, float64 [N, K], says of each image and the K crops of its phase's panel: [K] each.
+
+    Images of a phase are measured `batch` at a time. BuilderError when a phase has no panel.
+    """
+    found: list[np.ndarray] = [np.empty(0)] * len(images)
+    for code in sorted(set(codes)):
+        if code not in panels:
+            raise BuilderError(
+                f"there is no panel for phase '{code}'", "score against a real dataset that has this phase"
+            )
+        places = [place for place, own in enumerate(codes) if own == code]
+        for start in range(0, len(places), batch):
+            part = places[start : start + batch]
+            measured = measure([images[place] for place in part], panels[code])
+            for place, row in zip(part, measured, strict=True):
+                found[place] = row
+    return found
+
+
+def patient_of(row: Mapping[str, Any]) -> str:
+    """Whose crop it is; where patients are unknown, the photograph, and else the crop itself."""
+    return str(row["patient"] or row["source"] or row["key"])
 
 
 def panel_sha256(panel: Mapping[str, Rows]) -> str:

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from builder.errors import BuilderError
+from builder.quality.panel import each_by_phase
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
@@ -74,18 +75,16 @@ class PanelSSIM:
         `images`: uint8 [N, 3, H, W], or N images uint8 [3, H, W] of any sizes.
         A score does not depend on the other images of the call, nor on their order (to 1e-6).
         """
-        best, mean = np.empty(len(images)), np.empty(len(images))
-        for code in sorted(set(codes)):
-            if code not in self._panels:
-                raise BuilderError(
-                    f"there is no panel for phase '{code}'", "score against a real dataset that has this phase"
-                )
-            places = [place for place, own in enumerate(codes) if own == code]
-            for start in range(0, len(places), BATCH):
-                part = places[start : start + BATCH]
-                each = self._panels[code].similarity(self._ready([images[place] for place in part]))
-                best[part], mean[part] = each.max(1), each.mean(1)
-        return best, mean
+        each = self.each(images, codes)
+        return np.array([row.max() for row in each]), np.array([row.mean() for row in each])
+
+    def each(self, images: torch.Tensor | Sequence[torch.Tensor], codes: Sequence[str]) -> list[np.ndarray]:
+        """The similarities of each image to the K images of its phase's panel, float64 [K], in the panel's order."""
+
+        def similarity(part: Sequence[torch.Tensor], panel: _Panel) -> np.ndarray:
+            return panel.similarity(self._ready(part))
+
+        return each_by_phase(list(images), codes, self._panels, BATCH, similarity)
 
     def _ready(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Images uint8 [3, H, W] of any sizes -> float32 [N, 3, size, size] in [0, 1]."""

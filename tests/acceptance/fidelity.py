@@ -2,7 +2,8 @@
 
     python -m tests.acceptance.fidelity [--real phantom] [--synthetic demo-IPR] [--out ROOT] [--limit N] [--png FILE]
 
-All of it in the ImageNet features of tests.acceptance.features, real and synthetic crops brought to one size first.
+All of it in the features of the default extractor (quality.features), real and synthetic crops brought to one size
+first, so that real crops show no more detail than synthetic ones can; they are kept in the datasets' caches.
 Training, validation and test patients are the real dataset's own splits.
 
 1. Truth: a logistic regression trained on real training crops (C chosen on validation patients) is tried on test
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.base import ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
@@ -35,10 +37,13 @@ from sklearn.metrics.pairwise import cosine_distances, euclidean_distances
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from builder.quality.features import DEFAULT, load_extractor
+from builder.quality.features.cache import dataset_features
+from builder.quality.features.extractor import Extractor
 from builder.shards.dataset import Dataset, find_dataset, resize
-from tests.acceptance.features import CACHE, SIZE, dataset_features
 from tests.acceptance.report import Report
 
+SIZE = 64  # px, to which crops of either origin are brought first
 LOWEST_F1, HIGHEST_F1, HIGHEST_COLOUR_F1 = 0.75, 0.97, 0.75
 RECALL_LOSS = 0.05
 DIVERSITY = 0.8
@@ -58,12 +63,13 @@ class Crops:
     features: np.ndarray
 
     @classmethod
-    def of(cls, dataset: Dataset, limit: int | None, seed: int, cache: Path) -> Crops:
+    def of(cls, dataset: Dataset, extractor: Extractor, limit: int | None, seed: int) -> Crops:
         """All crops, or `limit` of each phase and split picked at random."""
         rows = dataset.table().to_pylist()
         if limit:
             rows = _picked(rows, limit, random.Random(seed))
-        return cls(dataset, rows, np.array([row["phase"] for row in rows]), dataset_features(dataset, rows, cache))
+        features = dataset_features(dataset, extractor, image_size=SIZE, rows=rows)
+        return cls(dataset, rows, np.array([row["phase"] for row in rows]), features)
 
     def where(self, chosen: np.ndarray) -> Crops:
         rows = [row for row, wanted in zip(self.rows, chosen, strict=True) if wanted]
@@ -90,14 +96,15 @@ def main() -> None:
     parser.add_argument("--out", default=".")
     parser.add_argument("--limit", type=int, help="crops of each phase and split; default: all")
     parser.add_argument("--png", type=Path, help="where to draw synthetic crops beside their nearest training crops")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for computed features")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     real, synthetic = (find_dataset(name, options.out) for name in (options.real, options.synthetic))
     synthetic.classes.require_same(real.classes, f"'{synthetic.name}'", f"'{real.name}'")
-    report = Report(f"fidelity of '{synthetic.name}' to '{real.name}'", size=f"{SIZE} px", seed=options.seed,
-                    limit=options.limit or "none")  # fmt: skip
-    crops, made = (Crops.of(dataset, options.limit, options.seed, options.cache) for dataset in (real, synthetic))
+    torch.set_num_threads(1)
+    extractor = load_extractor(DEFAULT)
+    report = Report(f"fidelity of '{synthetic.name}' to '{real.name}'", size=f"{SIZE} px", features=extractor.id,
+                    seed=options.seed, limit=options.limit or "none")  # fmt: skip
+    crops, made = (Crops.of(dataset, extractor, options.limit, options.seed) for dataset in (real, synthetic))
     train, val, test = (crops.split(name) for name in ("train", "val", "test"))
     codes = [code for code in real.classes.codes if (made.phases == code).any()]
     held_out = {code: (len(val.phase(code)), len(test.phase(code))) for code in codes}
