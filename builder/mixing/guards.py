@@ -5,17 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from builder.errors import BuilderError
 from builder.mixing.sources import Source
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset, find_dataset
-
-NAMED = 5  # of the patients that leak, so many are named in the error
+from builder.shards.lineage import find_leak
 
 
 def resolve(reference: str | Path | Dataset, origin: str, out: str, partial: bool) -> Dataset:
@@ -40,7 +35,7 @@ def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None) -> 
     What can't be known not to leak is refused as well: an unknown lineage, patients hashed with another key, held-out
     samples without a patient. With `allow_leak` (the reason) it is a warning instead.
     """
-    problem = _leak(synthetic, real)
+    problem = find_leak(synthetic, real)
     if problem is None:
         return
     if not allow_leak:
@@ -48,36 +43,6 @@ def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None) -> 
             problem, "use a generator trained on the training split of this dataset, or pass allow_leak='the reason'"
         )
     warnings.warn(f"{problem}; allowed, because: {allow_leak}", stacklevel=4)
-
-
-def _leak(synthetic: Dataset, real: Dataset) -> str | None:
-    seen: dict[str, Any] = synthetic.info.get("lineage") or {}
-    if not seen.get("known"):
-        return f"the lineage of '{synthetic.name}' is unknown: it may come from patients that '{real.name}' holds out"
-    table = real.table(("patient", "split"))
-    patients = (
-        table.filter(pc.is_in(table["split"], value_set=pa.array(["val", "test"])))["patient"].unique().to_pylist()
-    )
-    if not patients:
-        return None
-    keys = [seen.get("key_fingerprint"), (real.info.get("lineage") or {}).get("key_fingerprint")]
-    if keys[0] != keys[1] or keys[0] is None:
-        return (
-            f"the patients of '{synthetic.name}' and '{real.name}' cannot be compared: "
-            f"they were hashed with different keys (fingerprints {keys[0]} and {keys[1]})"
-        )
-    if None in patients:
-        return (
-            f"held-out samples of '{real.name}' have no patient: the generator of '{synthetic.name}' may have seen them"
-        )
-    shared = sorted(set(patients) & set(seen.get("patients") or ()))
-    if not shared:
-        return None
-    more = f" and {len(shared) - NAMED} more" if len(shared) > NAMED else ""
-    return (
-        f"the generator of '{synthetic.name}' was trained on {len(shared)} patients that '{real.name}' holds out: "
-        f"{', '.join(shared[:NAMED])}{more}"
-    )
 
 
 def check_sizes(sources: Sequence[Source]) -> None:
