@@ -1,4 +1,4 @@
-"""What is on disk: reproducible, complete or invisible, verified, filtered without touching the source."""
+"""What is on disk: reproducible, complete or invisible, verified."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset, find_dataset, resize
-from builder.shards.filter import Criteria, Range, filter_dataset, judge
 from builder.shards.lock import exclusive
 from builder.shards.remove import remove_dataset
 from builder.shards.storage import TEMPORARY, Storage
@@ -31,17 +29,6 @@ def read(dataset: Dataset, relative: str) -> bytes:
 def corrupt(dataset: Dataset, number: int, change) -> None:
     path = Path(dataset.storage.path(tar_path(dataset.name, number)))
     path.write_bytes(change(path.read_bytes()))
-
-
-def scored(dataset: Dataset) -> Dataset:
-    """Give the dataset made-up ssim values: 0, 0.1, 0.2, ... over each shard."""
-    for number in dataset.shard_numbers():
-        table = dataset.shard_table(number)
-        values = np.arange(table.num_rows, dtype=np.float32) / 10
-        place = table.column_names.index("ssim")
-        table = table.set_column(place, table.schema.field("ssim"), [values])
-        write_manifest(dataset.storage, f"manifests/{dataset.name}/shard-{number:06d}.parquet", table)
-    return dataset
 
 
 def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
@@ -169,91 +156,10 @@ def test_a_full_disk_names_the_shard_and_says_what_to_do(tmp_path: Path, monkeyp
     assert Dataset("x", Storage(tmp_path)).shard_numbers() == []
 
 
-def test_filter_keeps_what_passes_and_leaves_the_source_alone(clinic: Dataset) -> None:
-    before = {p: p.read_bytes() for p in Path(clinic.storage.root).rglob("*") if p.is_file()}
-    scored(clinic)
-    before = {p: p.read_bytes() for p in Path(clinic.storage.root).rglob("*") if p.is_file()}
-    target = Dataset("good", clinic.storage)
-    criteria = Criteria((Range("ssim", low=0.7, reason="ssim < 0.7"),))
-    tally = filter_dataset(clinic, criteria, target)
-    assert sum(tally.kept.values()) == target.info["count"] == target.table().num_rows == 2 * (18 - 7)
-    assert min(target.table()["ssim"].to_pylist()) == pytest.approx(0.7)
-    assert verify_dataset(target) == []
-    assert all(path.read_bytes() == data for path, data in before.items())
-    rejects = pq.read_table(clinic.storage.path("manifests/good/rejects/shard-000000.parquet"))
-    assert set(rejects["reason"].to_pylist()) == {"ssim < 0.7"}
-    assert rejects.num_rows == 7
-    originals = {row["key"]: pixels.tobytes() for row, pixels in clinic.images()}
-    assert all(originals[row["key"]] == pixels.tobytes() for row, pixels in target.images())
-
-
-def test_a_view_copies_no_image_and_verifies(clinic: Dataset) -> None:
-    scored(clinic)
-    target = Dataset("seen", clinic.storage)
-    filter_dataset(clinic, Criteria((Range("ssim", low=0.7),)), target, view=True)
-    assert not clinic.storage.exists("shards/seen")
-    assert len(list(target.images())) == 22
-    assert verify_dataset(target) == []
-    with pytest.raises(BuilderError, match="seen"):
-        remove_dataset(clinic.storage, "clinic")
-
-
-def test_no_view_loses_its_images_and_a_view_of_a_view_neither(clinic: Dataset) -> None:
-    scored(clinic)
-    seen, again = Dataset("seen", clinic.storage), Dataset("again", clinic.storage)
-    filter_dataset(clinic, Criteria((Range("ssim", low=0.7),)), seen, view=True)
-    filter_dataset(seen, Criteria((Range("ssim", low=0.9),)), again, view=True)
-    assert remove_dataset(clinic.storage, "seen") == ["manifests/seen"]
-    assert verify_dataset(again) == []
-    with pytest.raises(BuilderError, match="again"):
-        remove_dataset(clinic.storage, "clinic")
-
-
-def test_a_filter_overwrites_nothing_but_its_own_leftovers(clinic: Dataset) -> None:
-    """An unfinished dataset of the wanted name may be a job's, or the source itself."""
-    scored(clinic)
-    clinic.write_info(clinic.info | {"state": "partial"})
-    Dataset("job", clinic.storage).write_info(clinic.info | {"name": "job"})
-    criteria = Criteria((Range("ssim", low=0.7),))
-    for name in ("job", "clinic"):
-        with pytest.raises(BuilderError, match=f"'{name}' exists"):
-            filter_dataset(clinic, criteria, Dataset(name, clinic.storage))
-    good = Dataset("good", clinic.storage)
-    filter_dataset(clinic, Criteria(), good)
-    good.write_info(good.info | {"state": "partial"})  # as an interrupted filter leaves it
-    filter_dataset(clinic, criteria, good)
-    assert good.table().num_rows == 22
-    assert clinic.table().num_rows == 36
-
-
 def test_a_dataset_that_is_being_written_is_not_removed(clinic: Dataset) -> None:
     with exclusive(clinic), pytest.raises(BuilderError, match="another job is writing"):
         remove_dataset(clinic.storage, "clinic")
     assert verify_dataset(clinic) == []
-
-
-def test_where_is_sql_and_a_mistake_in_it_is_explained(clinic: Dataset) -> None:
-    table = clinic.shard_table(0)
-    reasons = judge(table, Criteria(where="phase = 'I' and split <> 'test'"))
-    kept = [row for row, said in zip(table.to_pylist(), reasons, strict=True) if not said]
-    assert {row["phase"] for row in kept} == {"I"}
-    assert "test" not in {row["split"] for row in kept}
-    with pytest.raises(BuilderError, match="no condition over the manifest"):
-        judge(table, Criteria(where="nonsense >"))
-
-
-def test_missing_and_nan_scores_never_pass(clinic: Dataset) -> None:
-    table = clinic.shard_table(0)
-    assert judge(table, Criteria((Range("ssim", low=-1.0, reason="ssim < -1"),)))[0] == ["no ssim: never scored"]
-    nan = np.full(table.num_rows, np.nan, np.float32)
-    table = table.set_column(table.column_names.index("ssim"), "ssim", [nan])
-    assert all(judge(table, Criteria((Range("ssim", high=9.0, reason="nan"),))))
-
-
-def test_a_threshold_is_met_by_its_own_value_in_32_bits(clinic: Dataset) -> None:
-    table = clinic.shard_table(0)
-    table = table.set_column(table.column_names.index("ssim"), "ssim", [np.full(table.num_rows, 0.7, np.float32)])
-    assert not any(judge(table, Criteria((Range("ssim", low=0.7, high=0.7, reason="x"),))))
 
 
 def test_the_newest_unfiltered_synthetic_dataset_is_meant_when_none_is_named(clinic: Dataset) -> None:

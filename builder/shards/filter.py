@@ -1,100 +1,67 @@
-"""Accept or turn away the images of a dataset by what its manifests say, and write the accepted as a new one."""
+"""Judge the images of a dataset by what its manifests say, and write the accepted as a new dataset."""
 
 from __future__ import annotations
 
 import datetime
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from builder.errors import BuilderError, did_you_mean
+from builder.errors import BuilderError
+from builder.shards.criteria import Criteria, Facts, Judgement, judge_facts
 from builder.shards.dataset import Dataset
-from builder.shards.schema import IDENTITY, SCORE_NAMES
+from builder.shards.schema import STAMP
 from builder.shards.writer import IMAGES_PER_SHARD, Sample, manifest_path, shard_name, write_manifest, write_shards
 
 PLACE = ("shard", "offset", "size")
 HISTORY = ("inputs", "summary", "adopted_from")  # of dataset.json: how the source came to be, which is not the target's
 
 
-@dataclass(frozen=True)
-class Range:
-    """A column must lie in [low, high]; of one phase, or of all (None). A missing value or NaN does not."""
+def judge_dataset(dataset: Dataset, criteria: Criteria) -> Judgement:
+    """The verdict over every image of `dataset`, in the order of its manifests; reads the columns needed, and no image.
 
-    column: str
-    low: float | None = None
-    high: float | None = None
-    phase: str | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """What an image must satisfy: every range, and the SQL condition over its manifest row ('' for none)."""
-
-    ranges: tuple[Range, ...] = ()
-    where: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"ranges": [asdict(r) for r in self.ranges], "where": self.where}
-
-
-@dataclass
-class Tally:
-    """Kept and rejected per phase, and how often each reason was given (an image may have several)."""
-
-    kept: Counter[str] = field(default_factory=Counter)
-    rejected: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-    def add(self, phases: Sequence[str], reasons: Sequence[Sequence[str]]) -> None:
-        for phase, said in zip(phases, reasons, strict=True):
-            (self.rejected if said else self.kept)[phase] += 1
-            self.reasons.update((phase, reason) for reason in said)
+    BuilderError when a score that is asked for was never computed, or the scores are of several versions.
+    """
+    reader, parts, versions = Facts(criteria), [], set()
+    for number in dataset.shard_numbers():
+        table = dataset.shard_table(number, reader.columns)
+        versions.add((table.schema.metadata or {}).get(STAMP.encode()))
+        parts.append(reader.of(table))
+    if not parts:
+        raise BuilderError(f"dataset '{dataset.name}' has no shards yet", "run the command that makes it to its end")
+    if len(versions) > 1:
+        raise BuilderError(
+            f"the scores of '{dataset.name}' are of {len(versions)} versions: scoring it was interrupted",
+            f"run `builder score {dataset.name} --against REAL` again to finish it",
+        )
+    facts = pa.concat_tables(parts)
+    _require_scores(dataset, facts, criteria)
+    return judge_facts(facts, criteria)
 
 
-def judge(table: pa.Table, criteria: Criteria) -> list[list[str]]:
-    """The reasons against each row of a manifest; an empty list means accepted. BuilderError for an unknown column."""
-    reasons: list[list[str]] = [[] for _ in range(table.num_rows)]
-    for limit in criteria.ranges:
-        violating = pc.indices_nonzero(_violates(table, limit)).to_pylist()
-        there = table[limit.column].is_valid().to_pylist()
-        for row in violating:
-            reasons[row].append(limit.reason if there[row] else f"no {limit.column}: never scored")
-    if criteria.where:
-        for row in _where_not(table, criteria.where):
-            reasons[row].append(f"not {criteria.where}")
-    return reasons
-
-
-def filter_dataset(dataset: Dataset, criteria: Criteria, target: Dataset | None, *, view: bool = False) -> Tally:
-    """Judge every image of `dataset`; with a `target`, write the accepted there and the rest to its rejects.
+def filter_dataset(
+    dataset: Dataset, criteria: Criteria, judgement: Judgement, target: Dataset, *, view: bool = False
+) -> None:
+    """Write what the judgement of `dataset` accepts as `target`, and the rest to its rejects, with the reasons.
 
     A view's manifests point into the source's tars; otherwise the images are repacked, byte for byte, into full
     shards. The source is never touched. Interrupted, the target stays partial and is made anew. BuilderError when
     `target` is another dataset's name.
     """
-    if target is None:
-        tally = Tally()
-        for _ in _judged(dataset, criteria, tally, None):
-            continue
-        return tally
     if already_filtered(dataset, criteria, target, view=view):
-        return filter_dataset(dataset, criteria, None)
+        return
     info = _begin(dataset, criteria, target, view=view)
-    tally = Tally()
-    judged = _judged(dataset, criteria, tally, target)
+    judged = _judged(dataset, judgement, target)
     if view:
         _write_view(judged, target)
     else:
         per_shard = info.get("config", {}).get("shards", {}).get("images_per_shard", IMAGES_PER_SHARD)
-        write_shards(target.storage, target.name, _samples(judged, dataset), per_shard)
-    target.write_info({**info, "state": "complete", "count": sum(tally.kept.values())})
-    return tally
+        stamp = dataset.shard_metadata(dataset.shard_numbers()[0]).get(STAMP)
+        metadata = {STAMP: stamp} if stamp else {}
+        write_shards(target.storage, target.name, _samples(judged, dataset), per_shard, metadata)
+    target.write_info({**info, "state": "complete", "count": int(judgement.accepted.sum())})
 
 
 def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> bool:
@@ -110,12 +77,33 @@ def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, v
         return False
     same = info.get("filter") == criteria.to_json() and info.get("view") == view
     unchanged = info.get("parent_created") == source.get("created") and info.get("parent_count") == source.get("count")
-    if ours and same and unchanged:
+    if ours and same and unchanged and info.get("scores") == source.get("scores"):
         return True
     raise BuilderError(
         f"dataset '{target.name}' exists and was made with other settings",
         f"choose another --name, or `builder rm {target.name}` first",
     )
+
+
+def _require_scores(dataset: Dataset, facts: pa.Table, criteria: Criteria) -> None:
+    """Refuse scores that were never computed; some images may lack one (they are turned away for it)."""
+    for name in criteria.scores:
+        if name != "duplicate_score" and facts[name].null_count == facts.num_rows:
+            why = dataset.info.get("scores", {}).get("missing", {}).get(name)
+            raise BuilderError(
+                f"the score '{name}' of '{dataset.name}' was not computed" + (f": {why}" if why else ""),
+                f"choose another score, or run `builder score {dataset.name} --against REAL`",
+            )
+    if criteria.no_duplicates:
+        # The first image of a phase has no earlier one to be compared with.
+        searched = facts.filter(facts["duplicate_score"].is_valid())["phase"].value_counts()
+        counts = {entry["values"]: entry["counts"] for entry in searched.to_pylist()}
+        for entry in facts["phase"].value_counts().to_pylist():
+            if entry["counts"] - counts.get(entry["values"], 0) > 1:
+                raise BuilderError(
+                    f"duplicates were never looked for among the images of phase {entry['values']} in '{dataset.name}'",
+                    f"run `builder score {dataset.name} --against REAL`, or filter without --no-duplicates",
+                )
 
 
 def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> dict[str, Any]:
@@ -136,20 +124,22 @@ def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool)
     return info
 
 
-def _judged(
-    dataset: Dataset, criteria: Criteria, tally: Tally, target: Dataset | None
-) -> Iterator[tuple[int, pa.Table]]:
-    """Number and accepted rows of each shard; the rest is counted and, with a target, written to its rejects."""
+def _judged(dataset: Dataset, judgement: Judgement, target: Dataset) -> Iterator[tuple[int, pa.Table]]:
+    """Number and accepted rows of each shard; the others are written to the target's rejects."""
+    start = 0
     for number in dataset.shard_numbers():
         table = dataset.shard_table(number)
-        reasons = judge(table, criteria)
-        tally.add(table["phase"].to_pylist(), reasons)
-        rejected = pa.array([bool(said) for said in reasons], pa.bool_())
-        if target is not None and pc.any(rejected).as_py():
-            turned_away = table.filter(rejected).append_column("reason", pa.array(["; ".join(r) for r in reasons if r]))
+        accepted = judgement.accepted[start : start + table.num_rows]
+        if len(accepted) < table.num_rows:
+            raise BuilderError(f"dataset '{dataset.name}' grew while it was filtered", "filter it again")
+        if not accepted.all():
+            rows = start + np.flatnonzero(~accepted)
+            reasons = ["; ".join(said) for said in judgement.reasons_of(rows)]
+            turned_away = table.filter(pa.array(~accepted)).append_column("reason", pa.array(reasons))
             path = f"manifests/{target.name}/rejects/{shard_name(number)}.parquet"
             write_manifest(target.storage, path, turned_away)
-        yield number, table.filter(pc.invert(rejected))
+        yield number, table.filter(pa.array(accepted))
+        start += table.num_rows
 
 
 def _write_view(judged: Iterable[tuple[int, pa.Table]], target: Dataset) -> None:
@@ -163,38 +153,3 @@ def _samples(judged: Iterable[tuple[int, pa.Table]], dataset: Dataset) -> Iterat
     for _, accepted in judged:
         for row in accepted.to_pylist():
             yield Sample({name: value for name, value in row.items() if name not in PLACE}, dataset.payload(row))
-
-
-def _violates(table: pa.Table, limit: Range) -> pa.Array:
-    if limit.column not in table.column_names:
-        numeric = [name for name in SCORE_NAMES if name in table.column_names]
-        raise BuilderError(f"there is no column '{limit.column}' in the manifest", did_you_mean(limit.column, numeric))
-    values = pc.cast(table[limit.column], pa.float64())
-    low = -math.inf if limit.low is None else limit.low
-    high = math.inf if limit.high is None else limit.high
-    # Scores are stored in 32 bits: compare at that precision, so that 0.7 passes --min 0.7.
-    low, high = (pa.scalar(pc.cast(pa.scalar(v), pa.float32()).as_py(), pa.float64()) for v in (low, high))
-    inside = pc.and_(pc.greater_equal(values, low), pc.less_equal(values, high))
-    outside = pc.invert(pc.fill_null(inside, False))
-    if limit.phase is not None:
-        outside = pc.and_(outside, pc.equal(table["phase"], limit.phase))
-    return outside
-
-
-def _where_not(table: pa.Table, where: str) -> list[int]:
-    """Row numbers that do not satisfy an SQL condition (duckdb's dialect); unknown counts as not."""
-    import duckdb
-
-    numbered = table.append_column("row_number_", pa.array(range(table.num_rows), pa.int64()))
-    try:
-        with duckdb.connect() as connection:
-            connection.execute("SET enable_external_access = false")
-            connection.register("manifest", numbered)
-            query = f"SELECT row_number_ FROM manifest WHERE NOT coalesce(({where}), false) ORDER BY 1"
-            return [row for (row,) in connection.execute(query).fetchall()]
-    except duckdb.Error as error:
-        columns = ", ".join([*(field.name for field in IDENTITY), *SCORE_NAMES])
-        raise BuilderError(
-            f"--where '{where}' is no condition over the manifest: {str(error).splitlines()[0]}",
-            f"write for example --where \"ssim > 0.7 and phase = 'I'\"; columns are, among others, {columns}",
-        ) from None

@@ -81,8 +81,10 @@ IMAGE_SCORES = [
     ),
     _field("contrast", pa.float32(), "standard deviation of the luma, at 64 px", range="0..127.5"),
     _field("clipped", pa.float32(), "share of pixels with a channel at 0 or 255", range="0..1"),
-    _field("copy_score", pa.float32(), "pixel similarity to the most similar training crop, aligned", range="-1..1"),
-    _field("duplicate_score", pa.float32(), "the same similarity to the most similar earlier image", range="-1..1"),
+    _field("noise", pa.float32(), "noise of the luma (Immerkaer 1996), at the stored size", unit="grey level"),
+    _field("chroma_noise", pa.float32(), "noise of (R - G) / sqrt 2, at the stored size", unit="grey level"),
+    _field("copy_score", pa.float32(), "pixel similarity to the most similar training crop, aligned", range="0..1"),
+    _field("duplicate_score", pa.float32(), "the same similarity to the most similar earlier image", range="0..1"),
 ]
 PERCENTILES = [  # of every score that has a scale among real crops
     _field(f"{field.name}_real_pct", pa.float32(), f"where {field.name} lies among real crops of the phase, each "
@@ -95,10 +97,11 @@ SCORES = [
     _field("mean_r", pa.float32(), "mean of the red channel", range="0..255"),
     _field("mean_g", pa.float32(), "mean of the green channel", range="0..255"),
     _field("mean_b", pa.float32(), "mean of the blue channel", range="0..255"),
-    _field("copy_of", pa.string(), "key of the most similar training crop; a copy only above the reference's alarm"),
+    _field("copy_of", pa.string(), "key of the most similar training crop; a copy only from the reference's alarm on"),
     _field("duplicate_of", pa.string(), "key of the earlier image that this one repeats; null: of none"),
 ]
 
+STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
 SCORE_NAMES = tuple(field.name for field in SCORES)
 NUMERIC_SCORES = tuple(field.name for field in SCORES if field.type == pa.float32())
 SCHEMA = pa.schema(IDENTITY + SYNTHETIC + REAL + SCORES)
@@ -115,3 +118,13 @@ def member_json(row: dict[str, Any]) -> dict[str, Any]:
 def to_table(rows: list[dict[str, Any]], metadata: dict[str, str]) -> pa.Table:
     """The manifest of one shard; `metadata` rides in the schema (tar_sha256 binds the two files)."""
     return pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(metadata))
+
+
+def with_columns(table: pa.Table, rows: list[dict[str, Any]], fields: list[pa.Field]) -> pa.Table:
+    """The manifest with the columns `fields` replaced from `rows`, in place where they stand; its metadata is kept."""
+    metadata = table.schema.metadata
+    for field in fields:
+        values = pa.array([row.get(field.name) for row in rows], field.type)
+        place = table.schema.get_field_index(field.name)
+        table = table.set_column(place, field, values) if place >= 0 else table.append_column(field, values)
+    return table.replace_schema_metadata(metadata)

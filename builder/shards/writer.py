@@ -84,14 +84,20 @@ def write_shard(
         ) from error
 
 
-def write_shards(storage: Storage, dataset: str, samples: Iterable[Sample], images_per_shard: int) -> None:
+def write_shards(
+    storage: Storage,
+    dataset: str,
+    samples: Iterable[Sample],
+    images_per_shard: int,
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Commit samples as shards 0, 1, ... of `images_per_shard` images each; the last one may hold fewer."""
     left = iter(samples)
     for number in itertools.count():
         batch = list(itertools.islice(left, images_per_shard))
         if not batch:
             return
-        write_shard(storage, dataset, number, batch)
+        write_shard(storage, dataset, number, batch, metadata)
 
 
 def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:
