@@ -339,9 +339,9 @@ def test_weights_of_another_shape_are_refused_with_the_layer(builder, made: Path
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["filter", "--min-sssim", "0.7"], ["did you mean 'ssim'"]),
+        (["filter", "--min-sssim", "0.7"], ["did you mean '--min-ssim'"]),
         (["filter", "--minimum-ssim", "0.7"], ["no such option"]),
-        (["filter", "--min-ssim"], ["needs a number"]),
+        (["filter", "--min-ssim"], ["requires an argument"]),
         (["filter", "--max-ssim", "inf"], ["needs a number"]),
         (["filter", "--min-ssim", "0.7", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),
         (["filter", "--no-gates", "--name", "tiny-IPR"], ["'tiny-IPR' exists", "--name"]),

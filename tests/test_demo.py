@@ -75,11 +75,12 @@ def test_the_job_gives_whole_scored_wounds_of_three_phases(job: Path) -> None:
 def test_most_of_it_passes_the_gates(job: Path) -> None:
     from builder.quality.gates import gate_ranges
     from builder.quality.reference import load_reference
-    from builder.shards.filter import Criteria, filter_dataset
+    from builder.shards.criteria import Criteria
+    from builder.shards.filter import judge_dataset
 
     dataset = Dataset("demo-IPR", Storage(job))
-    criteria = Criteria(tuple(gate_ranges(load_reference(dataset).gates)))
-    assert sum(filter_dataset(dataset, criteria, None).kept.values()) >= 0.8 * COUNT
+    criteria = Criteria(gates=tuple(gate_ranges(load_reference(dataset).gates)))
+    assert judge_dataset(dataset, criteria).accepted.sum() >= 0.8 * COUNT
 
 
 def test_a_small_phantoms_held_out_patients_may_have_trained_the_checkpoint_and_that_is_refused(job: Path) -> None:

@@ -21,26 +21,20 @@ from PIL import Image
 from builder.config import ScoreConfig
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES
+from builder.quality.build import build_reference
 from builder.quality.gates import Gates, gate_ranges, make_gates
 from builder.quality.panel import choose_panel, panel_sha256, spread
-from builder.quality.reference import (
-    Reference,
-    blurred,
-    build_reference,
-    flat,
-    load_reference,
-    save_reference,
-    yardstick_table,
-)
-from builder.quality.score_dataset import STAMP, score_dataset
+from builder.quality.reference import Reference, load_reference, save_reference, yardstick_table
+from builder.quality.score_dataset import score_dataset
 from builder.quality.scorer import Scorer
 from builder.quality.sheet import CELL, contact_sheet
+from builder.quality.spoil import blurred, flat
 from builder.quality.ssim import PanelSSIM, bring_to
 from builder.quality.statistics import image_statistics
+from builder.shards.criteria import Criteria, judge
 from builder.shards.dataset import Dataset, resize
-from builder.shards.filter import Criteria, judge
 from builder.shards.foreign import adopt, is_foreign
-from builder.shards.schema import SCORE_NAMES
+from builder.shards.schema import NUMERIC_SCORES, SCORE_NAMES, STAMP
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
 from builder.shards.writer import encode_png
@@ -228,7 +222,8 @@ def test_gates_turn_away_spoilt_phantoms_and_pass_real_ones(phantoms: list[np.nd
 @given(st.lists(st.floats(0.05, 0.9), min_size=1, max_size=30), st.lists(st.floats(0, 0.5), min_size=1, max_size=30))
 def test_no_blurred_crop_passes_even_where_real_ones_are_as_soft(real: list[float], soft: list[float]) -> None:
     def rows(sharpness: list[float]) -> list[dict[str, float]]:
-        return [{"sharpness": value, "contrast": 20.0, "clipped": 0.0} for value in sharpness]
+        rest = {"contrast": 20.0, "clipped": 0.0, "noise": 2.0, "chroma_noise": 0.5}
+        return [{"sharpness": value, **rest} for value in sharpness]
 
     gates = make_gates(rows(real), rows(soft))
     assert not any(passing(rows([*soft, 0.0]), gates))
@@ -282,17 +277,22 @@ def test_reference_survives_json_and_names_what_it_stands_on(real: Dataset) -> N
     assert again == reference
     assert again.version == reference.version == reference.protocol()["version"]
     assert reference.protocol()["panel"] == {"I": 3, "P": 3, "R": 3}
-    for changed in ({"ssim_stride": 5}, {"ssim_size": 64}, {"panel_sha256": "0"}):
+    for changed in (
+        {"ssim_stride": 5},
+        {"ssim_size": 64},
+        {"panel_sha256": "0"},
+        {"training_sha256": "0"},
+        {"features": "x"},
+    ):
         assert dataclasses.replace(reference, **changed).version != reference.version
     tables = yardstick_table(reference)
     held_out = 3 * 4  # of 12 crops a phase, the validation and the test patient have 4
-    assert [table.num_rows for table in tables.values()] == [held_out] * 3
-    real_ssim, _, flat_ssim = (np.mean(table["ssim"].to_pylist()) for table in tables.values())
-    assert np.isfinite([real_ssim, flat_ssim]).all()
+    assert [table.num_rows for table in tables.values()] == [held_out, 2 * held_out, *[held_out] * 3]
+    assert all(np.isfinite(table["ssim"].to_pylist()).all() for table in tables.values())
     gates = Criteria(tuple(gate_ranges(reference.gates)))
-    kept = [[not reasons for reasons in judge(table, gates)] for table in tables.values()]
-    assert any(kept[0])
-    assert not any(kept[1] + kept[2])
+    kept = {kind: [not reasons for reasons in judge(table, gates)] for kind, table in tables.items()}
+    assert any(kept["real crops, held-out"])
+    assert not any(kept["real crops, blurred"] + kept["flat images (mean colour)"])
 
 
 def test_scorer_refuses_another_protocol_or_changed_crops(real: Dataset, tmp_path: Path) -> None:
@@ -303,18 +303,21 @@ def test_scorer_refuses_another_protocol_or_changed_crops(real: Dataset, tmp_pat
         Scorer(reference, real, dataclasses.replace(SMALL, panel=4))
     with pytest.raises(BuilderError, match="score_version 0 -> "):
         Scorer(dataclasses.replace(reference, score_version=0), real, SMALL)
-    with pytest.raises(BuilderError, match="no longer holds the panel"):
+    with pytest.raises(BuilderError, match="no longer holds the training crops"):
         Scorer(reference, write_real(tmp_path / "other", name="other"), SMALL)
     with pytest.raises(TypeError, match="uint8"):
         Scorer(reference, real, SMALL).score([textured(1) / 255], ["I"])
 
 
-def test_scorer_gives_every_score_column(real: Dataset) -> None:
-    scorer = Scorer(build_reference(real, SMALL, "IP"), real, SMALL)
+def test_scores_do_not_depend_on_company(real: Dataset) -> None:
+    scorer = Scorer(build_reference(real, SMALL, "IP", progress=False), real, SMALL)
     images = [textured(1, 64), textured(2, 40), textured(3, 64)]
-    rows = scorer.score(images, ["I", "P", "I"])
-    assert all(set(row) == set(SCORE_NAMES) and np.isfinite(list(row.values())).all() for row in rows)
-    assert rows[1] == pytest.approx(scorer.score(images[1:2], ["P"])[0], abs=1e-6)
+    together = scorer.score(images, ["I", "P", "I"])
+    alone = scorer.score(images[1:2], ["P"])[0]
+    assert {k: v for k, v in together[1].items() if k != "copy_of"} == pytest.approx(
+        {k: v for k, v in alone.items() if k != "copy_of"}, abs=1e-4
+    )
+    assert together[1]["copy_of"] == alone["copy_of"]
     assert scorer.score([], []) == []
 
 
@@ -345,7 +348,9 @@ def test_score_dataset_writes_scores_and_keeps_the_rest(real: Dataset, tmp_path:
     reference = score_dataset(theirs, real, SMALL, progress=False)
     after = theirs.table()
     assert after.drop_columns(SCORE_NAMES).equals(before)
-    assert all(np.isfinite(after[name].to_pylist()).all() for name in SCORE_NAMES)
+    known = [name for name in NUMERIC_SCORES if name.removesuffix("_real_pct") not in reference.missing]
+    assert all(np.isfinite(after[name].to_pylist()).all() for name in known)
+    assert after["copy_of"].null_count == 0
     assert theirs.info["scores"] == reference.protocol()
     assert load_reference(theirs) == reference
     assert set(reference.gates) == {"I", "R"}  # the phases there are

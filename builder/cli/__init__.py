@@ -19,10 +19,12 @@ import builder
 from builder.cli.demo import demo
 from builder.cli.filter import filter_
 from builder.cli.inspect import list_, rm, sheet, verify
+from builder.cli.metrics import floors, metrics
 from builder.cli.pack import pack
 from builder.cli.score import score
 from builder.cli.shards import regenerate, shards
 from builder.cli.train import train
+from builder.cli.tune import tune_filter
 from builder.errors import BuilderError
 
 
@@ -35,7 +37,22 @@ def cli() -> None:
     """
 
 
-for command in (pack, train, shards, regenerate, score, filter_, verify, list_, rm, sheet, demo):
+for command in (
+    pack,
+    train,
+    shards,
+    regenerate,
+    score,
+    metrics,
+    floors,
+    filter_,
+    tune_filter,
+    verify,
+    list_,
+    rm,
+    sheet,
+    demo,
+):
     cli.add_command(command)
 
 

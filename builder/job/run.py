@@ -21,7 +21,9 @@ from builder.job.pending import all_units, committed_units
 from builder.job.plan import Unit
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import DEMO
-from builder.quality.reference import build_reference, has_reference, load_reference, reference_path, save_reference
+from builder.quality.build import build_reference
+from builder.quality.duplicates import mark_duplicates
+from builder.quality.reference import has_reference, load_reference, reference_path, save_reference
 from builder.sampling.seeds import MAX_INDEX
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.lock import exclusive
@@ -96,7 +98,9 @@ def run_job(
             outcome.made, outcome.seconds, outcome.replaced, len(outcome.failed),
         )  # fmt: skip
         if not outcome.failed:
-            info.update(state="complete", count=total, scores=load_reference(dataset).protocol())
+            reference = load_reference(dataset)
+            mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
+            info.update(state="complete", count=total, scores=reference.protocol())
             dataset.write_info(info)
         return outcome
 
@@ -203,14 +207,14 @@ def _new_info(spec: JobSpec, lineage: dict[str, Any], licence: dict[str, str]) -
 
 
 def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]) -> None:
-    """Panel, gates and yardsticks from the real crops, once; they are the scores' version from then on."""
+    """Panel, probe, gates and yardsticks from the real crops, once; they are the scores' version from then on."""
     if has_reference(dataset):
         return
     real = find_dataset(spec.real, spec.real_out)
-    say(f"choosing the reference panel and gates from the real crops of '{real.name}'")
-    prepare(0)  # one thread here too: several fight with other processes, and then take minutes
+    say(f"making the reference of the scores from the real crops of '{real.name}'")
+    device = prepare(0)  # one thread here too: several fight with other processes, and then take minutes
     size = spec.config.sample.size
-    save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size))
+    save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size, device=device))
 
 
 def _describe(spec: JobSpec, count: int, units: list[Unit], pending: list[Unit], workers: int) -> str:

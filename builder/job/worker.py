@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from builder.errors import BuilderError
 from builder.job.plan import Unit, batches
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import read_checkpoint
 from builder.phases import ClassTable
-from builder.quality.reference import STAMP, load_reference
+from builder.quality.features.cache import save_features
+from builder.quality.reference import load_reference
 from builder.quality.scorer import Scorer
 from builder.sampling.device import dtype_name
 from builder.sampling.sampler import HIGHER_PRECISION, Request, Sampler, load_sampler
 from builder.sampling.seeds import MAX_RESERVE, seed_of
 from builder.shards.dataset import Dataset, find_dataset
+from builder.shards.schema import STAMP
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 
@@ -54,20 +58,25 @@ class Worker:
 
     def make(self, unit: Unit, on_batch: Callable[[int], None]) -> int:
         """Make and commit one unit; `on_batch` hears of each batch's new images. Returns how many were replaced."""
-        samples = []
+        samples: list[Sample] = []
+        features = []
         replaced = 0
         for start, stop in batches(unit, self.spec.config.sample.batch_size):
             images = make_batch(self.spec, self.sampler, start, stop)
             kept = [image for image in images if unit.start <= image.position < unit.stop]
             scores = self.scorer.score([image.pixels for image in kept], [image.code for image in kept])
+            features.append(self.scorer.last_features)
             samples += [self._sample(image, score) for image, score in zip(kept, scores, strict=True)]
             replaced += sum(image.reserve > 0 for image in kept)
             on_batch(len(kept))
         place = {"start": str(unit.start), "stop": str(unit.stop), STAMP: self.reference.version}
         write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place)
+        hashes = [sample.row["sha256"] for sample in samples]
+        size = self.spec.config.sample.size
+        save_features(self.dataset, unit.number, self.scorer.extractor, size, hashes, np.concatenate(features))
         return replaced
 
-    def _sample(self, image: Image, scores: dict[str, float]) -> Sample:
+    def _sample(self, image: Image, scores: dict[str, Any]) -> Sample:
         spec, sample = self.spec, self.spec.config.sample
         classes: ClassTable = spec.config.classes
         key = f"{spec.name}-{image.code}-{image.index:08d}"

@@ -1,46 +1,46 @@
-"""What a dataset's scores stand on: the panel, the gates and yardsticks. Built once, kept as reference.json.
+"""What a dataset's scores stand on, kept as reference.json: panel, gates, the scale of real crops, yardsticks.
 
-A yardstick is what known images would score: held-out real crops, the same crops blurred beyond use, flat images.
-With it, a filter says without torch what a threshold means.
+A yardstick is what known images would score: held-out real crops, crops of another phase, the same crops blurred or
+noisy beyond use, flat images. With it, a filter says without torch what a threshold means.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFilter
 
-from builder.config import ScoreConfig, fingerprint
+from builder.config import fingerprint
 from builder.errors import BuilderError
-from builder.quality.gates import Gates, make_gates
-from builder.quality.panel import Rows, choose_panel, panel_sha256, rows_by_phase, spread
-from builder.quality.statistics import image_statistics
-from builder.shards.dataset import Dataset, resize
-from builder.shards.schema import SCORE_NAMES
+from builder.quality.gates import Gates
+from builder.shards.dataset import Dataset
+from builder.shards.schema import NUMERIC_SCORES
 
-STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
-SCORE_VERSION = 1  # of the code: raise it when a score's definition changes
-BLUR = 0.05  # Gaussian sigma as a share of the image's width; such an image shows no wound any more
-GATE_CROPS = 300  # training crops of a phase that its gates are made from
-REAL_CROPS, SPOILT_CROPS = 60, 24  # held-out crops of a phase behind a yardstick: as they are; blurred and flat
+SCORE_VERSION = 2  # of the code: raise it when a score's definition changes
 
 KINDS = {
     "real": "real crops, held-out",
+    "wrong phase": "real crops, another phase",
     "blurred": "real crops, blurred",
+    "noisy": "real crops, noisy",
     "flat": "flat images (mean colour)",
 }
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`panel`: phase -> keys of training crops of dataset `against`. `gates`: phase -> statistic -> [low, high].
-    `yardstick`: phase -> kind of image (see KINDS) -> one row of scores an image. `image_size`: px that real crops were
-    brought to before the gates and yardsticks were taken, or None (native).
+    """What scores are measured against; everything here is plain JSON and holds no pixel of a patient.
+
+    `panel`: phase -> keys of training crops of dataset `against`. `probe`: see quality.probe, or None.
+    `copy`: the calibrated alarm threshold of copy_score, see quality.copies. `gates`: phase -> score -> [low, high].
+    `real`: phase -> score -> its sorted values on training crops, each scored as if its own patient were not there.
+    `yardstick`: phase -> kind of image (see KINDS) -> one row of scores an image.
+    `missing`: score -> why it was not computed. `image_size`: px that real crops are brought to, as the images that are
+    scored have it; None: those are of several sizes.
     """
 
     against: str
@@ -48,24 +48,28 @@ class Reference:
     ssim_stride: int
     panel_seed: int
     panel_size: int
+    features: str  # id of the feature extractor
+    lpips: str | None  # hash of its weights
     panel: dict[str, list[str]]
     panel_sha256: str
-    gates: dict[str, Gates]
-    yardstick: dict[str, dict[str, list[dict[str, float]]]]
+    training_sha256: str
     image_size: int | None = None
     score_version: int = SCORE_VERSION
+    probe: dict[str, Any] | None = None
+    copy: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Gates] = field(default_factory=dict)
+    real: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    yardstick: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def version(self) -> str:
-        """Scores of equal version can be compared: SHA-256 over the protocol and the panel."""
-        return fingerprint(
-            {
-                "score_version": self.score_version,
-                "ssim_size": self.ssim_size,
-                "ssim_stride": self.ssim_stride,
-                "panel_sha256": self.panel_sha256,
-            }
-        )
+        """Scores of equal version can be compared: SHA-256 over the protocol and the crops it is measured against."""
+        names = (
+            "score_version", "ssim_size", "ssim_stride", "features", "lpips", "panel_sha256", "training_sha256",
+            "image_size",
+        )  # fmt: skip
+        return fingerprint({name: getattr(self, name) for name in names})
 
     def protocol(self) -> dict[str, Any]:
         """What dataset.json records under `scores`."""
@@ -76,6 +80,11 @@ class Reference:
             "panel": {code: len(keys) for code, keys in self.panel.items()},
             "size": self.ssim_size,
             "stride": self.ssim_stride,
+            "features": self.features,
+            "lpips": self.lpips,
+            "copy": self.copy,
+            "probe": {k: v for k, v in (self.probe or {}).items() if k not in ("weight", "bias")},
+            "missing": self.missing,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -84,45 +93,6 @@ class Reference:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Reference:
         return cls(**{name: value for name, value in data.items() if name != "version"})
-
-
-def build_reference(
-    real: Dataset, config: ScoreConfig, codes: Sequence[str], *, image_size: int | None = None
-) -> Reference:
-    """Panel and gates from the training crops of `real`, yardsticks from its validation and test crops.
-
-    `image_size`: the size in px of the images to be judged; larger real crops are first brought to it, because
-    sharpness, clipping and SSIM depend on it. A phase without held-out crops has empty yardsticks.
-    Raises BuilderError when a phase has no training crop.
-    """
-    from builder.quality.scorer import Scorer
-
-    panel = choose_panel(real, codes, config.panel, config.panel_seed)
-    salt = f"reference/{config.panel_seed}"
-    train = rows_by_phase(real, codes, ("train",))
-    reference = Reference(
-        against=real.name,
-        ssim_size=config.ssim_size,
-        ssim_stride=config.ssim_stride,
-        panel_seed=config.panel_seed,
-        panel_size=config.panel,
-        panel={code: [row["key"] for row in rows] for code, rows in panel.items()},
-        panel_sha256=panel_sha256(panel),
-        gates={code: _gates(real, spread(train[code], GATE_CROPS, salt), image_size) for code in codes},
-        yardstick={},
-        image_size=image_size,
-    )
-    scorer = Scorer(reference, real, config)
-    held_out = rows_by_phase(real, codes, ("val", "test"))
-    for code in codes:
-        crops = _crops(real, spread(held_out[code], REAL_CROPS, salt), image_size)
-        known = {
-            "real": crops,
-            "blurred": [blurred(crop) for crop in crops[:SPOILT_CROPS]],
-            "flat": [flat(crop) for crop in crops[:SPOILT_CROPS]],
-        }
-        reference.yardstick[code] = {kind: scorer.score(images, [code] * len(images)) for kind, images in known.items()}
-    return reference
 
 
 def reference_path(dataset: Dataset) -> str:
@@ -137,12 +107,18 @@ def load_reference(dataset: Dataset) -> Reference:
     """The reference that the scores of `dataset` stand on; of a filtered dataset, its parent's where it has none."""
     owner = _scored(dataset)
     path = reference_path(owner)
+    remedy = f"run `builder score {dataset.name} --against REAL`"
     try:
-        return Reference.from_json(json.loads(owner.storage.read(path)))
+        data = json.loads(owner.storage.read(path))
     except FileNotFoundError:
-        remedy = f"run `builder score {dataset.name} --against REAL`"
         raise BuilderError(f"dataset '{dataset.name}' was never scored against real crops", remedy) from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except json.JSONDecodeError as error:
+        raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
+    if data.get("score_version") != SCORE_VERSION:
+        raise BuilderError(f"the scores of '{dataset.name}' were made by another version of this program", remedy)
+    try:
+        return Reference.from_json(data)
+    except TypeError as error:
         raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
 
 
@@ -152,36 +128,13 @@ def save_reference(dataset: Dataset, reference: Reference) -> None:
 
 
 def yardstick_table(reference: Reference) -> dict[str, pa.Table]:
-    """The yardsticks as tables that a filter can judge: kind in words -> columns `phase` and the scores."""
+    """The yardsticks as tables that a filter can judge: kind in words -> columns `phase` and the numeric scores."""
     tables = {}
     for kind, words in KINDS.items():
         rows = [{"phase": code, **row} for code, kinds in reference.yardstick.items() for row in kinds.get(kind, [])]
-        fields = [pa.field("phase", pa.string()), *(pa.field(name, pa.float32()) for name in SCORE_NAMES)]
+        fields = [pa.field("phase", pa.string()), *(pa.field(name, pa.float32()) for name in NUMERIC_SCORES)]
         tables[words] = pa.Table.from_pylist(rows, schema=pa.schema(fields))
     return tables
-
-
-def blurred(pixels: np.ndarray, share: float = BLUR) -> np.ndarray:
-    """uint8 RGB [H, W, 3] blurred with a Gaussian whose sigma is this share of its width."""
-    return np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(share * pixels.shape[1])))
-
-
-def flat(pixels: np.ndarray) -> np.ndarray:
-    """A flat image of the size and mean colour of uint8 RGB [H, W, 3]."""
-    mean = pixels.reshape(-1, 3).mean(0).round().astype(np.uint8)
-    return np.broadcast_to(mean, pixels.shape).copy()
-
-
-def _gates(real: Dataset, rows: Rows, image_size: int | None) -> Gates:
-    crops = _crops(real, rows, image_size)
-    return make_gates([image_statistics(crop) for crop in crops], [image_statistics(blurred(crop)) for crop in crops])
-
-
-def _crops(real: Dataset, rows: Rows, image_size: int | None) -> list[np.ndarray]:
-    return [
-        pixels if image_size is None or min(pixels.shape[:2]) <= image_size else resize(pixels, image_size)
-        for pixels in map(real.pixels, rows)
-    ]
 
 
 def _scored(dataset: Dataset) -> Dataset:

@@ -33,8 +33,9 @@ from builder.job import worker as job
 from builder.job.plan import Plan, Unit
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import Checkpoint, resolve
+from builder.quality.build import build_reference
 from builder.quality.panel import choose_panel, rows_by_phase, spread
-from builder.quality.reference import build_reference, save_reference
+from builder.quality.reference import save_reference
 from builder.quality.ssim import SIGMA, WINDOW, PanelSSIM, bring_to
 from builder.sampling.device import dtype_name, resolve_dtype
 from builder.shards.dataset import Dataset, find_dataset, resize

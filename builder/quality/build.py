@@ -1,0 +1,161 @@
+"""Make a reference from real crops: panel, probe, copy alarm, the scale of real crops, gates, yardsticks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from builder.config import ScoreConfig
+from builder.quality.copies import calibrate
+from builder.quality.feature_scores import phase_scores, unit_length
+from builder.quality.features import load_extractor
+from builder.quality.gates import make_gates
+from builder.quality.lpips import load_alexnet, why_missing
+from builder.quality.panel import Rows, panel_sha256, patient_of, rows_by_phase, spread
+from builder.quality.probe import fit_probe
+from builder.quality.reference import Reference
+from builder.quality.scorer import RANKED, Scorer
+from builder.quality.spoil import blurred, flat, noisy
+from builder.quality.statistics import image_statistics
+from builder.quality.training_crops import TrainingCrops, panel_rows
+from builder.shards.dataset import Dataset
+
+REAL_CROPS = 300  # training crops of a phase that the scale of real crops, and with it the gates, are made from
+HELD_OUT_CROPS, SPOILT_CROPS = 60, 24  # of a phase behind a yardstick: held-out crops as they are; each other kind
+CHUNK = 32  # images scored together
+
+SPOILS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"blurred": blurred, "noisy": noisy, "flat": flat}
+
+
+def build_reference(
+    real: Dataset, config: ScoreConfig, codes: Sequence[str], *, image_size: int | None = None, device: str = "cpu",
+    progress: bool = True,
+) -> Reference:  # fmt: skip
+    """Everything that scores of images stand on, from the crops of `real`.
+
+    Panel, probe, gates and scale come from its training split, each crop compared with other patients' only; yardsticks
+    from validation and test crops. `image_size`: the size in px of the images to be judged; real crops are first
+    brought to it, because sharpness, noise, features and SSIM depend on it. A phase without held-out crops has empty
+    yardsticks. BuilderError when a phase has no training crop.
+    """
+    extractor = load_extractor(config.features, device=device)
+    crops = TrainingCrops(real, codes, extractor, image_size)
+    reference, left_out = _protocol(crops, config)
+    with tqdm(desc=f"reference from {real.name}", total=_images(crops), unit="image", disable=not progress) as bar:
+        reference = replace(reference, copy=_calibrate(crops, device, bar))
+        scorer = Scorer(reference, real, config, device, crops=crops, leave_out=True)
+        salt = f"reference/{config.panel_seed}"
+        real_rows = {code: _real_rows(scorer, crops, code, left_out, salt, bar) for code in codes}
+        reference = replace(
+            reference,
+            real={code: _scale(rows) for code, rows in real_rows.items()},
+            gates={code: _gates(crops, code, real_rows[code], salt, reference.copy["threshold"]) for code in codes},
+        )
+        scorer.reference = reference
+        return replace(reference, yardstick=_yardsticks(scorer, crops, salt, bar))
+
+
+def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, dict[str, np.ndarray]]:
+    """The reference as far as scoring needs it, and by key what the probe said of training crops it had not seen."""
+    no_lpips = why_missing(config)
+    missing = {} if no_lpips is None else {"lpips": no_lpips, "lpips_mean": no_lpips}
+    rows = [row for code in crops.codes for row in crops.rows[code]]
+    features = unit_length(np.concatenate([crops.features[code] for code in crops.codes]))
+    fitted = fit_probe(features, [row["phase"] for row in rows], [patient_of(row) for row in rows], crops.codes)
+    left_out: dict[str, np.ndarray] = {}
+    if isinstance(fitted, str):
+        missing |= {"phase_probability": fitted, "phase_margin": fitted}
+    else:
+        left_out = {row["key"]: said for row, said in zip(rows, fitted[1], strict=True)}
+    reference = Reference(
+        against=crops.real.name,
+        ssim_size=config.ssim_size,
+        ssim_stride=config.ssim_stride,
+        panel_seed=config.panel_seed,
+        panel_size=config.panel,
+        features=crops.extractor.id,
+        lpips=None if no_lpips else load_alexnet(config.lpips)[1],
+        panel={},
+        panel_sha256="",
+        training_sha256=crops.sha256,
+        image_size=crops.image_size,
+        probe=None if isinstance(fitted, str) else fitted[0].to_json(),
+        missing=missing,
+    )
+    panels = {code: panel_rows(crops.rows[code], reference, code, reserves=False) for code in crops.codes}
+    keys = {code: [row["key"] for row in own] for code, own in panels.items()}
+    return replace(reference, panel=keys, panel_sha256=panel_sha256(panels)), left_out
+
+
+def _images(crops: TrainingCrops) -> int:
+    """How many images are looked at; a few less where a phase has few held-out crops."""
+    split = sum(row["split"] is not None for row in crops.real.table(["split"]).to_pylist())
+    scale = sum(min(REAL_CROPS, len(rows)) for rows in crops.rows.values())
+    return split + scale + len(crops.codes) * (HELD_OUT_CROPS + (1 + len(SPOILS)) * SPOILT_CROPS)
+
+
+def _calibrate(crops: TrainingCrops, device: str, bar: Any) -> dict[str, Any]:
+    """The copy alarm, from every real crop of the dataset searched for among other patients' training crops."""
+    index = crops.copy_index(device)
+    rows = [row for row in crops.real.table().to_pylist() if row["split"]]
+    scores = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        scores.append(index.search([crops.real.pixels(row) for row in chunk], [patient_of(row) for row in chunk])[0])
+        bar.update(len(chunk))
+    return {**calibrate(np.concatenate(scores)), "patients": len({patient_of(row) for row in rows})}
+
+
+def _real_rows(
+    scorer: Scorer, crops: TrainingCrops, code: str, left_out: dict[str, np.ndarray], salt: str, bar: Any
+) -> list[dict[str, Any]]:
+    """Scores of training crops of a phase as if their patient were not there, also by the probe."""
+    rows = spread(crops.rows[code], REAL_CROPS, salt)
+    scores = _scored(scorer, [crops.crop(row) for row in rows], code, [patient_of(row) for row in rows], bar)
+    for row, score in zip(rows, scores, strict=True):
+        if row["key"] in left_out:
+            score.update(phase_scores(left_out[row["key"]], crops.codes.index(code)))
+    return scores
+
+
+def _scale(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Score -> its sorted values; without those that are missing, or not finite."""
+    values = {score: [row[score] for row in rows if row[score] is not None] for score in RANKED.values()}
+    return {score: sorted(float(value) for value in own) for score, own in values.items() if own}
+
+
+def _gates(
+    crops: TrainingCrops, code: str, rows: list[dict[str, Any]], salt: str, alarm: float
+) -> dict[str, list[float | None]]:
+    spoilt = [image_statistics(blurred(crops.crop(row))) for row in spread(crops.rows[code], REAL_CROPS, salt)]
+    return {**make_gates(rows, spoilt), "copy_score": [None, alarm]}
+
+
+def _yardsticks(scorer: Scorer, crops: TrainingCrops, salt: str, bar: Any) -> dict[str, dict[str, Rows]]:
+    """Phase -> kind -> rows of scores of held-out crops, and of what they become when spoilt or given another phase."""
+    held_out = rows_by_phase(crops.real, crops.codes, ("val", "test"))
+    chosen = {code: [crops.crop(row) for row in spread(held_out[code], HELD_OUT_CROPS, salt)] for code in crops.codes}
+    found: dict[str, dict[str, Rows]] = {}
+    for code, own in chosen.items():
+        few = own[:SPOILT_CROPS]
+        share = -(-SPOILT_CROPS // max(1, len(crops.codes) - 1))
+        wrong = [crop for other, theirs in chosen.items() if other != code for crop in theirs[:share]]
+        kinds = {"real": own, "wrong phase": wrong[:SPOILT_CROPS]}
+        kinds |= {kind: [spoil(crop) for crop in few] for kind, spoil in SPOILS.items()}
+        found[code] = {kind: _scored(scorer, images, code, None, bar) for kind, images in kinds.items()}
+    return found
+
+
+def _scored(
+    scorer: Scorer, images: list[np.ndarray], code: str, patients: list[str] | None, bar: Any
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(images), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        rows += scorer.score(images[chunk], [code] * len(images[chunk]), patients[chunk] if patients else None)
+        bar.update(len(images[chunk]))
+    return rows
