@@ -130,8 +130,9 @@ def filter_(
     """Keep the images that pass, as a new dataset; the source is never touched.
 
     Any score takes --min-SCORE and --max-SCORE (e.g. --min-ssim 0.7 --max-clipped 0.1); --max-copy-score also takes
-    auto, the alarm calibrated on held-out patients' real crops. Gates are on: each statistic must lie within what
-    real training crops of the phase show, and copies of training crops are turned away.
+    auto, the alarm calibrated on real crops of other patients. Gates are on: sharpness, contrast, clipping, noise,
+    realism and phase probability must be such as real training crops of the phase have, and copies of training
+    crops are turned away.
 
     Hard is an image whose label the probe confirms (phase_margin > 0), though three quarters of real crops are easier
     for it (phase_probability_real_pct <= 25). --keep-hard re-admits those that thresholds alone turned away, the ones
@@ -254,7 +255,7 @@ def _print_yardstick(reference: Reference, criteria: Criteria) -> None:
         asked = (Criteria(ranges), Criteria(ranges, gates=gates))
         alone, gated = (float(judge(table, each).accepted.mean()) for each in asked)
         click.echo(f"  {kind:<28}{alone:>18.1%}{gated:>18.1%}{table.num_rows:>6}")
-        if kind != KINDS["real"] and gated > SPOILT:
+        if kind in (KINDS["flat"], KINDS["blurred"], KINDS["noisy"]) and gated > SPOILT:
             spoilt.append(f"{kind} ({gated:.0%})")
     if unknown:
         click.echo(f"  (without {', '.join(sorted(unknown))}, which known images do not have)")

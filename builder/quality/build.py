@@ -13,7 +13,7 @@ from builder.config import ScoreConfig
 from builder.quality.copies import calibrate
 from builder.quality.feature_scores import phase_scores, unit_length
 from builder.quality.features import load_extractor
-from builder.quality.gates import make_gates
+from builder.quality.gates import Gates, make_gates
 from builder.quality.lpips import load_alexnet, why_missing
 from builder.quality.panel import Rows, panel_sha256, patient_of, rows_by_phase, spread
 from builder.quality.probe import fit_probe
@@ -53,7 +53,7 @@ def build_reference(
         reference = replace(
             reference,
             real={code: _scale(rows) for code, rows in real_rows.items()},
-            gates={code: _gates(crops, code, real_rows[code], salt, reference.copy["threshold"]) for code in codes},
+            gates={code: _gates(crops, code, real_rows[code], salt) for code in codes},
         )
         scorer.reference = reference
         return replace(reference, yardstick=_yardsticks(scorer, crops, salt, bar))
@@ -128,11 +128,9 @@ def _scale(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {score: sorted(float(value) for value in own) for score, own in values.items() if own}
 
 
-def _gates(
-    crops: TrainingCrops, code: str, rows: list[dict[str, Any]], salt: str, alarm: float
-) -> dict[str, list[float | None]]:
+def _gates(crops: TrainingCrops, code: str, rows: list[dict[str, Any]], salt: str) -> Gates:
     spoilt = [image_statistics(blurred(crops.crop(row))) for row in spread(crops.rows[code], REAL_CROPS, salt)]
-    return {**make_gates(rows, spoilt), "copy_score": [None, alarm]}
+    return make_gates(rows, spoilt)
 
 
 def _yardsticks(scorer: Scorer, crops: TrainingCrops, salt: str, bar: Any) -> dict[str, dict[str, Rows]]:

@@ -1,7 +1,8 @@
 """Sanity gates: the range of a score that real crops of the phase show. What lies outside is not a wound crop of it.
 
 SSIM rewards smoothness: a flat image scores higher than a real one. The gates turn such images away first, and with
-them what looks like another phase, like nothing the training crops show, or like a copy of one of them.
+them what looks like another phase, or like nothing that the training crops show. (The alarm of copies is one more; it
+holds for all phases alike: Reference.copy.)
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ On one CPU thread:
 1. SSIM to a panel of 16 crops at 512 px, as the batch job computes it, on its sub-grid of windows and on the full grid,
    beside the plain loop: torchmetrics' SSIM, one pair after the other. Time an image, its resize included, and the
    largest deviation from the loop.
-2. One worker of the job on one unit: seconds an image in each stage, images/s.
+2. One worker of the job on one unit: time an image in each stage and of each scorer, images/s. Required: scoring takes
+   at most 40 % of it.
 Wall time is what a user waits; CPU time is the fairer figure where others share the cores.
 """
 
@@ -45,6 +46,8 @@ from tests.acceptance.report import Report
 BORDER = WINDOW // 2  # px at each edge where torchmetrics' windows take in mirrored pixels
 LOOP_IMAGES, GRID_IMAGES, FULL_IMAGES = 8, 64, 16
 LARGEST_DEVIATION = 0.005
+LARGEST_SCORE_SHARE = 0.40
+PART = "- "  # before the name of a scorer, whose time is part of "score"
 STAGES = ("noise and denoise", "decode", "score", "encode", "write")
 
 
@@ -180,16 +183,22 @@ def bench_job(report: Report, real: Dataset, config: Config, checkpoint: Checkpo
     for spent in (clock.wall, clock.cpu):
         spent["noise and denoise"] = spent.pop("sampler") - spent["decode"]
         spent["rest"] = spent["all"] - sum(spent[stage] for stage in STAGES)
-    for stage in (*STAGES, "rest", "all"):
+    parts = sorted(stage for stage in clock.wall if stage.startswith(PART))
+    for stage in (*STAGES[:3], *parts, *STAGES[3:], "rest", "all"):
         wall, cpu = clock.wall[stage], clock.cpu[stage]
         share = f"{wall / clock.wall['all']:.1%}"
         rows.append((stage, f"{1000 * wall / count:.2f}", f"{1000 * cpu / count:.2f}", share))
+    share = clock.wall["score"] / clock.wall["all"]
     sample = config.sample
     heading = (
         f"one worker, one unit of {count} images: {sample.size} px, {sample.steps} steps of {sample.scheduler}, "
         f"guidance {sample.guidance:g}, batches of {sample.batch_size}, {spec.dtype}"
     )
     report.table(heading, ["stage", "ms/image", "CPU ms/image", "share"], rows)
+    report.criterion(
+        f"scoring (all columns) takes {share:.1%} of the job's time (required <= {LARGEST_SCORE_SHARE:.0%})",
+        share <= LARGEST_SCORE_SHARE,
+    )
     print(
         f"{count / clock.wall['all']:.1f} images/s of one worker ({count / clock.cpu['all']:.1f} a CPU second); "
         f"before: {once:.1f} s once a job for panel and gates, {loaded:.1f} s a worker to load; "
@@ -206,6 +215,7 @@ def _instrumented(worker: job.Worker, clock: Clock) -> Callable[..., int]:
         ("encode", job, "encode_png"),
         ("write", job, "write_shard"),
     ]
+    stages += [(f"{PART}{type(scorer).__name__}", scorer, "score") for scorer in worker.scorer._scorers]
     for stage, owner, name in stages:
         setattr(owner, name, clock.timed(stage, getattr(owner, name)))
     return clock.timed("all", worker.make)
