@@ -20,7 +20,7 @@ from builder.config import ScoreConfig
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES
 from builder.quality import lpips
-from builder.quality.features import cache, load_extractor
+from builder.quality.features import load_extractor
 from builder.quality.features.cache import dataset_features, save_features
 from builder.quality.features.efficientnet import efficientnet_lite0
 from builder.quality.features.extractor import BICUBIC, Extractor, normalised, weights_sha256
@@ -527,7 +527,7 @@ def test_a_cache_that_cannot_be_written_only_warns(
     def refused(*arguments: Any) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(cache, "save_features", refused)
+    monkeypatch.setattr(Storage, "write", refused)
     with pytest.warns(UserWarning, match="not kept"):
         assert np.array_equal(dataset_features(clinic, colours(), progress=False), expected)
 

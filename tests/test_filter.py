@@ -34,23 +34,6 @@ Scores = dict[str, Any]  # column -> its values over the 36 crops of `clinic`, i
 COUNT = 36  # crops of `clinic`: 12 of I, then of P, then of R, in two shards of 18
 
 
-def with_scores(dataset: Dataset, scores: Scores, version: str | None = "one") -> Dataset:
-    """Write made-up scores into the manifests."""
-    start = 0
-    for number in dataset.shard_numbers():
-        table = dataset.shard_table(number)
-        stop = start + table.num_rows
-        for name, values in scores.items():
-            place = table.column_names.index(name)
-            column = pa.array(list(values)[start:stop], table.schema.field(name).type)
-            table = table.set_column(place, table.schema.field(name), column)
-        metadata = {**dataset.shard_metadata(number), **({STAMP: version} if version else {})}
-        path = f"manifests/{dataset.name}/shard-{number:06d}.parquet"
-        write_manifest(dataset.storage, path, table.replace_schema_metadata(metadata))
-        start = stop
-    return dataset
-
-
 def made_up_reference(**changes: Any) -> Reference:
     """Gates on sharpness (0.2 to 0.8), a copy alarm at 0.9, and five known images of each kind and phase."""
     score = {"real": 0.5, "flat": 0.0, "blurred": 0.1, "noisy": 0.9, "wrong phase": 0.5}
@@ -68,6 +51,26 @@ def made_up_reference(**changes: Any) -> Reference:
         "gates": {code: {"sharpness": [0.2, 0.8]} for code in "IPR"}, "yardstick": yardstick,
     }  # fmt: skip
     return Reference(**(settings | changes))
+
+
+VERSION = made_up_reference().version  # of the scores that with_scores writes
+
+
+def with_scores(dataset: Dataset, scores: Scores, version: str | None = VERSION) -> Dataset:
+    """Write made-up scores into the manifests."""
+    start = 0
+    for number in dataset.shard_numbers():
+        table = dataset.shard_table(number)
+        stop = start + table.num_rows
+        for name, values in scores.items():
+            place = table.column_names.index(name)
+            column = pa.array(list(values)[start:stop], table.schema.field(name).type)
+            table = table.set_column(place, table.schema.field(name), column)
+        metadata = {**dataset.shard_metadata(number), **({STAMP: version} if version else {})}
+        path = f"manifests/{dataset.name}/shard-{number:06d}.parquet"
+        write_manifest(dataset.storage, path, table.replace_schema_metadata(metadata))
+        start = stop
+    return dataset
 
 
 @pytest.fixture
@@ -108,7 +111,9 @@ def test_where_is_sql_and_a_mistake_in_it_is_explained(clinic: Dataset) -> None:
     assert set(kept["phase"].to_pylist()) == {"I"}
     assert "test" not in kept["split"].to_pylist()
     assert not judge(table, Criteria(where="ssim > 0")).accepted.any()  # unknown counts as not
-    for wrong in ("nonsense >", "ssim", "1 = (select count(*) from read_parquet('/etc/passwd'))"):
+    # A subquery would see one shard alone.
+    subqueries = "1 = (select count(*) from read_parquet('/etc/passwd'))", "ssim > (select avg(ssim) from manifest)"
+    for wrong in ("nonsense >", "ssim", *subqueries, "ssim > (select avg(ssim) from numbered)"):
         with pytest.raises(BuilderError, match="no condition over the manifest"):
             judge(table, Criteria(where=wrong))
 
@@ -279,7 +284,7 @@ def test_filter_keeps_what_passes_and_leaves_the_source_alone(scored: Dataset) -
     assert rejects.num_rows == 7
     originals = {row["key"]: pixels.tobytes() for row, pixels in scored.images()}
     assert all(originals[row["key"]] == pixels.tobytes() for row, pixels in target.images())
-    assert target.shard_metadata(0)[STAMP] == "one"  # its scores are still of this version
+    assert target.shard_metadata(0)[STAMP] == VERSION  # its scores are still of this version
 
 
 def test_reasons_of_the_rejects_stand_beside_their_image(gated: Dataset) -> None:
@@ -555,7 +560,7 @@ def test_scores_of_two_versions_are_refused(builder, clinic: Dataset, other: str
     """A re-score that was killed after the first shard."""
     with_scores(clinic, {"ssim": [0.5] * COUNT}, version=other)
     first = clinic.shard_table(0)
-    metadata = {**clinic.shard_metadata(0), STAMP: "one"}
+    metadata = {**clinic.shard_metadata(0), STAMP: VERSION}
     write_manifest(clinic.storage, "manifests/clinic/shard-000000.parquet", first.replace_schema_metadata(metadata))
     result = builder("filter", "clinic", "--no-gates", "--min-ssim", "0.1")
     assert result.code == 2

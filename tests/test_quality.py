@@ -208,7 +208,7 @@ def passing(rows: list[dict[str, float]], gates: Gates) -> list[bool]:
 
 def test_gates_turn_away_spoilt_phantoms_and_pass_real_ones(phantoms: list[np.ndarray]) -> None:
     train, held_out = phantoms[::2], phantoms[1::2]
-    gates = make_gates([image_statistics(c) for c in train], [image_statistics(blurred(c)) for c in train])
+    gates = make_gates([image_statistics(c) for c in train], [image_statistics(blurred(c)) for c in train], 9)
     assert np.mean(passing([image_statistics(crop) for crop in held_out], gates)) >= 0.8  # few crops: rough gates
     black = np.zeros((64, 64, 3), np.uint8)
     near_black = np.random.default_rng(0).integers(0, 4, (64, 64, 3), dtype=np.uint8)
@@ -225,7 +225,7 @@ def test_no_blurred_crop_passes_even_where_real_ones_are_as_soft(real: list[floa
         rest = {"contrast": 20.0, "clipped": 0.0, "noise": 2.0, "chroma_noise": 0.5}
         return [{"sharpness": value, **rest} for value in sharpness]
 
-    gates = make_gates(rows(real), rows(soft))
+    gates = make_gates(rows(real), rows(soft), 9)
     assert not any(passing(rows([*soft, 0.0]), gates))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from builder.config import ScoreConfig
 from builder.errors import BuilderError
+from builder.phases import HEALING_PHASES
 from builder.quality.build import build_reference
 from builder.quality.gates import gate_ranges, make_gates
 from builder.quality.reference import Reference, load_reference, save_reference, yardstick_table
@@ -17,9 +18,11 @@ from builder.quality.score_dataset import score_dataset
 from builder.quality.scorer import Scorer, real_percentiles
 from builder.quality.training_crops import panel_rows
 from builder.shards.dataset import Dataset
-from builder.shards.schema import NUMERIC_SCORES, SCORE_NAMES
+from builder.shards.foreign import adopt
+from builder.shards.lock import exclusive
+from builder.shards.schema import NUMERIC_SCORES, SCORE_NAMES, with_columns
 from builder.shards.storage import Storage
-from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from builder.shards.writer import Sample, encode_png, image_row, manifest_path, write_manifest, write_shard
 from tests.conftest import textured, write_real
 
 SMALL = ScoreConfig(ssim_size=96, panel=3)
@@ -103,6 +106,7 @@ def test_no_phase_to_tell_apart_and_no_other_patient(tmp_path: Path) -> None:
     one.write_info({**real.info, "name": "one", "count": 3})
     lonely = build_reference(one, SMALL, "I", progress=False)
     assert lonely.yardstick["I"]["real"] == []
+    assert (lonely.copy["n"], lonely.copy["rate"], lonely.copy["interval"]) == (0, None, [0.0, 1.0])
     assert "ssim" not in lonely.real["I"] and "realism" not in lonely.gates["I"]
     score = Scorer(lonely, one, SMALL).score([textured(9, 64)], ["I"])[0]
     assert score["ssim"] is not None and score["ssim_real_pct"] is None and score["realism"] is None
@@ -113,11 +117,35 @@ def test_no_phase_to_tell_apart_and_no_other_patient(tmp_path: Path) -> None:
 def test_gates_leave_out_what_real_crops_lack() -> None:
     base = {"sharpness": 0.4, "contrast": 20.0, "clipped": 0.0, "noise": 2.0, "chroma_noise": 0.5}
     soft = [{"sharpness": 0.1}]
-    assert "realism" not in make_gates([{**base, "realism": None}] * 3, soft)
-    gates = make_gates([{**base, "realism": 1.0, "phase_probability": p} for p in np.linspace(0, 1, 101)], soft)
+    assert "realism" not in make_gates([{**base, "realism": None}] * 30, soft, 9)
+    gates = make_gates([{**base, "realism": 1.0, "phase_probability": p} for p in np.linspace(0, 1, 101)], soft, 9)
     assert gates["realism"] == [1.0, None]
     assert gates["phase_probability"] == [pytest.approx(0.05), None]
     assert {limit.reason for limit in gate_ranges({"I": gates})} >= {"gate noise", "gate phase_probability"}
+
+
+def test_few_crops_or_patients_make_no_gate_of_how_a_phase_looks() -> None:
+    """Of 6 crops the lowest value says nothing: a small phase must not be turned away whole."""
+    row = {"sharpness": 0.4, "contrast": 20.0, "clipped": 0.0, "noise": 2.0, "chroma_noise": 0.5}
+    row |= {"realism": 1.0, "phase_probability": 0.9}
+    for crops, patients, there in ((30, 9, True), (6, 6, False), (30, 2, False)):
+        gates = make_gates([row] * crops, [{"sharpness": 0.1}], patients)
+        assert ("realism" in gates, "phase_probability" in gates) == (there, there)
+        assert "sharpness" in gates and "noise" in gates
+
+
+def test_a_phase_of_one_patient_leaves_the_others_their_probe(tmp_path: Path) -> None:
+    real = write_real(tmp_path)
+    for number in real.shard_numbers():
+        table = real.shard_table(number)
+        rows = [{**row, "patient": "r" * 32 if row["phase"] == "R" else row["patient"]} for row in table.to_pylist()]
+        changed = with_columns(table, rows, [table.schema.field("patient")])
+        write_manifest(real.storage, manifest_path("clinic", number), changed)
+    reference = build_reference(real, SMALL, "IPR", progress=False)
+    assert reference.probe is not None and reference.probe["codes"] == ["I", "P"]
+    assert "phase R has crops of one patient" in reference.missing["phase_probability"]
+    scores = Scorer(reference, real, SMALL).score([textured(1, 64)] * 2, ["P", "R"])
+    assert scores[0]["phase_probability"] is not None and scores[1]["phase_probability"] is None
 
 
 def test_yardsticks_hold_every_kind(reference: Reference) -> None:
@@ -153,3 +181,51 @@ def test_a_changed_training_split_or_protocol_is_refused(real: Dataset, referenc
     save_reference(other, dataclasses.replace(reference, score_version=1))
     with pytest.raises(BuilderError, match="another version of this program"):
         load_reference(other)
+
+
+def test_an_interrupted_scoring_is_not_read_with_another_reference(
+    real: Dataset, reference: Reference, tmp_path: Path
+) -> None:
+    scored = adopted(tmp_path, {"I": [textured(0, 48)]})
+    score_dataset(scored, real, SMALL, progress=False)
+    assert load_reference(scored).panel_size == 3
+    save_reference(scored, dataclasses.replace(load_reference(scored), ssim_size=64))  # killed before the first shard
+    with pytest.raises(BuilderError, match="scoring was interrupted"):
+        load_reference(scored)
+    scored.storage.write(f"manifests/{scored.name}/reference.json", b"\xff\xfe")
+    with pytest.raises(BuilderError, match="damaged"):
+        load_reference(scored)
+
+
+def test_images_of_one_phase_are_still_told_from_all_phases(real: Dataset, tmp_path: Path) -> None:
+    scored = adopted(tmp_path, {"I": [textured(0, 48)]})
+    alone = score_dataset(scored, real, SMALL, progress=False)
+    every = build_reference(real, SMALL, "IPR", image_size=48, progress=False)
+    assert list(alone.panel) == ["I"] and alone.probe == every.probe
+    assert alone.gates["I"] == every.gates["I"] and alone.yardstick["I"] == every.yardstick["I"]
+    assert scored.table()["phase_probability"].null_count == 0
+
+
+def test_equal_images_repeat_the_first_of_them_though_they_are_flat(real: Dataset, tmp_path: Path) -> None:
+    flat = np.full((48, 48, 3), 128, np.uint8)
+    scored = adopted(tmp_path, {"I": [flat, flat + 1, flat], "P": [flat]})
+    score_dataset(scored, real, SMALL, progress=False)
+    table = scored.table()
+    keys = table["key"].to_pylist()
+    assert table["duplicate_of"].to_pylist() == [None, None, keys[0], None]
+    assert table["duplicate_score"].to_pylist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_a_dataset_that_a_job_is_writing_is_not_scored(real: Dataset, tmp_path: Path) -> None:
+    written = adopted(tmp_path, {"I": [textured(0, 48)]})
+    with exclusive(written), pytest.raises(BuilderError, match="another job is writing"):
+        score_dataset(written, real, SMALL, progress=False)
+
+
+def adopted(root: Path, images: dict[str, list[np.ndarray]]) -> Dataset:
+    """Foreign images of these phases as a synthetic dataset."""
+    for code, own in images.items():
+        (root / "foreign" / code).mkdir(parents=True)
+        for number, pixels in enumerate(own):
+            (root / "foreign" / code / f"{number}.png").write_bytes(encode_png(pixels))
+    return adopt(str(root / "foreign"), "adopted", Storage(root / "out"), HEALING_PHASES)

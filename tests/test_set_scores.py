@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
@@ -29,8 +30,9 @@ from builder.quality.sets.manifold import Neighbours, manifold_scores
 from builder.quality.sets.scores import set_scores, shuffled
 from builder.shards.dataset import Dataset
 from builder.shards.lineage import find_leak
+from builder.shards.schema import STAMP
 from builder.shards.storage import Storage
-from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from builder.shards.writer import Sample, encode_png, image_row, write_manifest, write_shard
 from tests.conftest import textured, write_real
 
 FEATURES = "tests.test_set_scores:tiny_network"
@@ -94,6 +96,15 @@ def write_synthetic(
         }
     )  # fmt: skip
     return dataset
+
+
+def stands_on(synthetic: Dataset, reference: Reference) -> Dataset:
+    """As if `synthetic` had been scored against this reference."""
+    save_reference(synthetic, reference)
+    metadata = synthetic.shard_metadata(0) | {STAMP: reference.version}
+    table = synthetic.shard_table(0).replace_schema_metadata(metadata)
+    write_manifest(synthetic.storage, f"manifests/{synthetic.name}/shard-000000.parquet", table)
+    return synthetic
 
 
 def scored(synthetic: Dataset, real: Dataset, **settings: Any) -> dict[str, Any]:
@@ -337,6 +348,13 @@ def test_intervals_hold_the_estimate_and_cover() -> None:
     assert interval(0.99, np.linspace(0.5, 1.5, 50), (0, 1)) == pytest.approx((0.5145, 1), abs=1e-3)
 
 
+def test_too_few_resamples_give_no_interval_that_looks_like_one(real: Dataset, tmp_path: Path) -> None:
+    synthetic = write_synthetic(tmp_path)
+    with pytest.raises(BuilderError, match="at least 20"):
+        scored(synthetic, real, replicates=2)
+    assert figures_of(scored(synthetic, real, replicates=0))["fd"]["low"] is None
+
+
 def test_only_the_standard_network_gives_fid_kid_is() -> None:
     x, y = draw(20, 4, 0), draw(20, 4, 1)
     sides = [Side(z, [str(i) for i in range(20)], {}, z) for z in (x, y)]
@@ -415,7 +433,7 @@ def test_every_figure_has_its_n_interval_and_floor(real: Dataset, tmp_path: Path
 
 def test_the_share_of_copies_comes_from_the_scores(real: Dataset, tmp_path: Path) -> None:
     synthetic = write_synthetic(tmp_path, scores={"copy_score": 0.97})
-    save_reference(synthetic, Reference(
+    stands_on(synthetic, Reference(
         against="clinic", ssim_size=64, ssim_stride=7, panel_seed=0, panel_size=2, features="tiny", lpips=None,
         panel={}, panel_sha256="", training_sha256="",
         copy={"threshold": 0.95, "alarms": 1, "n": 500, "rate": 0.002, "interval": [0.0, 0.01], "patients": 30},
@@ -424,8 +442,14 @@ def test_the_share_of_copies_comes_from_the_scores(real: Dataset, tmp_path: Path
         copies = figures_of(scored(synthetic, real), group)["copies"]
         assert (copies["value"], copies["floor"], copies["n_real"], copies["n_synthetic"]) == (1.0, 0.002, 500, n)
         assert copies["low"] == pytest.approx(0.025 ** (1 / n)) and copies["high"] == 1  # Clopper & Pearson
+    at_threshold = write_synthetic(tmp_path, "edge", scores={"copy_score": 0.95})  # 32 bits: 0.949999988
+    stands_on(at_threshold, load_reference(synthetic))
+    assert figures_of(scored(at_threshold, real))["copies"]["value"] == 1
+    one_phase = write_synthetic(tmp_path, "one_phase", {"I": 2}, scores={"copy_score": 0.1})
+    stands_on(one_phase, load_reference(synthetic))
+    assert figures_of(scored(one_phase, real), "P")["copies"]["note"] == "no synthetic image of P"
     unscored = write_synthetic(tmp_path, "unscored")
-    save_reference(unscored, load_reference(synthetic))
+    stands_on(unscored, load_reference(synthetic))
     assert "never scored for copies" in figures_of(scored(unscored, real))["copies"]["note"]
 
 
@@ -521,12 +545,37 @@ def test_a_leak_is_refused_or_stamped_into_the_result(
     assert result["allow_leak"] == "a control" and said in result["lineage"] and "a control" in result["lineage"]
 
 
+def test_what_keeps_patients_from_being_compared_is_named(real: Dataset, tmp_path: Path) -> None:
+    synthetic = write_synthetic(tmp_path, lineage={"known": True, "key_fingerprint": None, "patients": []})
+    assert "no key is recorded" in str(find_leak(synthetic, real))
+    table = real.shard_table(0)
+    place, field = table.schema.get_field_index("patient"), table.schema.field("patient")
+    nobody = table.set_column(place, field, pa.nulls(len(table), field.type))
+    write_manifest(real.storage, "manifests/clinic/shard-000000.parquet", nobody)
+    real.write_info(real.info | {"lineage": {"known": False}})
+    assert "have no patient" in str(find_leak(write_synthetic(tmp_path), real))
+    floors = real_floors(real, load_extractor(FEATURES), [4], repeats=1, progress=False)
+    assert floors["without_patient"] == len(table)
+
+
+def test_two_datasets_of_one_name_in_two_folders(real: Dataset, tmp_path: Path) -> None:
+    twin = write_synthetic(tmp_path / "elsewhere", real.name)
+    plain = write_synthetic(tmp_path)
+    value, same = (figures_of(scored(made, real))["fd"]["n_synthetic"] for made in (twin, plain))
+    assert value == same
+
+
 def test_a_patient_of_the_other_held_out_split_is_no_leak_of_this_one(real: Dataset, tmp_path: Path) -> None:
     seen = {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{5:030x}"]}  # of test
     synthetic = write_synthetic(tmp_path, lineage=seen)
     assert "saw no patient of the val split" in scored(synthetic, real)["lineage"]
     with pytest.raises(BuilderError, match="trained on 1 patients"):
         scored(synthetic, real, split="test")
+
+
+def test_synthetic_images_have_no_floor(tmp_path: Path) -> None:
+    with pytest.raises(BuilderError, match="it has no floor"):
+        real_floors(write_synthetic(tmp_path), load_extractor(FEATURES), [4], progress=False)
 
 
 def test_floors_say_which_n_is_too_large(real: Dataset) -> None:
@@ -554,7 +603,7 @@ def test_the_metrics_command_prints_a_table_and_writes_json(real: Dataset, tmp_p
         "--features",
         FEATURES,
         "--bootstrap",
-        "5",
+        "20",
         "--out",
         str(tmp_path),
     ]

@@ -16,6 +16,7 @@ from PIL import Image
 from builder.errors import BuilderError
 from builder.quality.features import load_extractor
 from builder.quality.reference import save_reference
+from builder.quality.sets.comparison import Naming, Side, compare
 from builder.quality.sets.distances import frechet_distance
 from builder.quality.sets.tune import ALL, NONE, draw, equal_sizes, make_cuts, plot_tuning, set_figures, tune
 from builder.shards.criteria import Criteria, Range, judge
@@ -141,6 +142,12 @@ def test_figures_of_equal_sets_and_the_fd_of_the_module() -> None:
     assert figures["fd"] == pytest.approx(0, abs=1e-6)
     assert figures["precision"] == figures["recall"] == figures["coverage"] == 1
     assert figures["vendi_ratio"] == pytest.approx(1)
+    # Neighbours are those of features of unit length, as `builder metrics` has them: images of weak features are apart.
+    y = np.random.default_rng(1).normal(size=(40, 6))
+    sides = (Side(z, [str(i) for i in range(40)]) for z in (x, 0.1 * y))
+    table = compare(*sides, Naming("toy", standard=False))
+    for name, value in set_figures(x, 0.1 * y).items():
+        assert value == pytest.approx(table[f"{name}[toy]"].value)
     assert set_figures(x, x + 1)["fd"] == pytest.approx(frechet_distance(x, x + 1)) == pytest.approx(6)
 
 

@@ -69,10 +69,13 @@ def metrics(
         click.echo("")
         _table([*heading, "note"], [_cells(row) for row in shown])
         traits = [row for row in figures if _is_trait(row["name"])]
-        if traits and not any(row["gives_away"] for row in traits):
-            widest = max(traits, key=lambda row: row["value"] or 0)
+        measured = [row for row in traits if row["value"] is not None]
+        if measured and not any(row["gives_away"] for row in traits):
+            widest = max(measured, key=lambda row: row["value"])
             said = f"the most telling is {widest['name']} {_number(widest['value'])}, floor {_number(widest['floor'])}"
-            click.echo(f"  no plain trait alone gives an image away: {said}")
+            sure = any(row["low"] is not None for row in measured)
+            verdict = "no plain trait alone gives an image away" if sure else "without intervals no trait can be judged"
+            click.echo(f"  {verdict}: {said}")
     data = json.dumps(result, indent=1, allow_nan=False).encode() + b"\n"
     path = f"manifests/{found.name}/metrics-{split}.json"
     if target:
@@ -116,6 +119,11 @@ def floors(
     result = real_floors(found, extractor, numbers, repeats=repeats, seed=seed, image_size=image_size)
     click.echo(f"dataset '{found.name}', real against real of other patients, {repeats} random halves, seed {seed}")
     click.echo(f"features: {extractor.id}, {extractor.dimension} dimensions; {_ways(result)}")
+    if result["without_patient"]:
+        click.echo(
+            f"NOTE: {result['without_patient']} crops have no patient; each photograph is taken for one, so that "
+            "photographs of one patient may lie in both halves, which makes the floor too low"
+        )
     for group, by_n in result["groups"].items():
         tried = {n: at["figures"] for n, at in by_n.items() if at["figures"]}
         names = dict.fromkeys(name for figures in tried.values() for name in figures)

@@ -43,7 +43,7 @@ class Regenerator:
                 f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
             )
         keys = info["fingerprint_keys"]
-        found = resolve(checkpoint or info["checkpoint"])
+        found = resolve(checkpoint or info["checkpoint"], run=info["checkpoint"])
         if found.sha256 != keys["checkpoint"]:
             raise BuilderError(
                 f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"

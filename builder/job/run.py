@@ -74,9 +74,13 @@ def run_job(
         if not pending and info["state"] == "complete":
             say(f"dataset '{spec.name}' has its {total:,} images already; nothing to do")
             return Outcome(dataset, total, 0, 0, 0.0)
+        if committed and has_reference(dataset):
+            load_reference(dataset)  # scores that can't be continued are said before anything is changed
         for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
             dataset.storage.sweep(folder)
         info["state"] = "partial"
+        if spec.config.allow_leak:
+            info["allow_leak"] = spec.config.allow_leak  # travels with all that is filtered from it
         dataset.write_info(info)
         _build_reference(spec, dataset, say)
         described = _describe(spec, count, units, pending, workers)

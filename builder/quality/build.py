@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from builder.config import ScoreConfig
-from builder.quality.copies import calibrate
-from builder.quality.feature_scores import phase_scores, unit_length
+from builder.quality.copies import UNCALIBRATED, calibrate
+from builder.quality.feature_scores import phase_scores
 from builder.quality.features import load_extractor
 from builder.quality.gates import Gates, make_gates
 from builder.quality.lpips import load_alexnet, why_missing
@@ -27,6 +27,8 @@ from builder.shards.dataset import Dataset
 REAL_CROPS = 300  # training crops of a phase that the scale of real crops, and with it the gates, are made from
 HELD_OUT_CROPS, SPOILT_CROPS = 60, 24  # of a phase behind a yardstick: held-out crops as they are; each other kind
 CHUNK = 32  # images scored together
+
+Scores = dict[str, dict[str, float | None]]  # of the phase probe, by key
 
 SPOILS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"blurred": blurred, "noisy": noisy, "flat": flat}
 
@@ -59,18 +61,22 @@ def build_reference(
         return replace(reference, yardstick=_yardsticks(scorer, crops, salt, bar))
 
 
-def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, dict[str, np.ndarray]]:
+def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, Scores]:
     """The reference as far as scoring needs it, and by key what the probe said of training crops it had not seen."""
     no_lpips = why_missing(config)
     missing = {} if no_lpips is None else {"lpips": no_lpips, "lpips_mean": no_lpips}
-    rows = [row for code in crops.codes for row in crops.rows[code]]
-    features = unit_length(np.concatenate([crops.features[code] for code in crops.codes]))
-    fitted = fit_probe(features, [row["phase"] for row in rows], [patient_of(row) for row in rows], crops.codes)
-    left_out: dict[str, np.ndarray] = {}
+    codes, rows, features = crops.for_probe()
+    fitted = fit_probe(features, [row["phase"] for row in rows], [patient_of(row) for row in rows], codes)
+    left_out: Scores = {}
     if isinstance(fitted, str):
         missing |= {"phase_probability": fitted, "phase_margin": fitted}
     else:
-        left_out = {row["key"]: said for row, said in zip(rows, fitted[1], strict=True)}
+        if unknown := [code for code in crops.codes if code not in codes]:
+            reason = f"phase {', '.join(unknown)} has crops of one patient: none can be left out"
+            missing |= {"phase_probability": reason, "phase_margin": reason}
+        left_out = {
+            row["key"]: phase_scores(said, codes.index(row["phase"])) for row, said in zip(rows, fitted[1], strict=True)
+        }
     reference = Reference(
         against=crops.real.name,
         ssim_size=config.ssim_size,
@@ -102,23 +108,25 @@ def _calibrate(crops: TrainingCrops, device: str, bar: Any) -> dict[str, Any]:
     """The copy alarm, from every real crop of the dataset searched for among other patients' training crops."""
     index = crops.copy_index(device)
     rows = [row for row in crops.real.table().to_pylist() if row["split"]]
-    scores = []
+    scores: list[tuple[float, str]] = []  # and whose crop; without crops that no other patient's can be compared with
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        scores.append(index.search([crops.real.pixels(row) for row in chunk], [patient_of(row) for row in chunk])[0])
+        found = index.search([crops.real.pixels(row) for row in chunk], [patient_of(row) for row in chunk])
+        scores += [(score, patient_of(row)) for score, key, row in zip(*found, chunk, strict=True) if key is not None]
         bar.update(len(chunk))
-    return {**calibrate(np.concatenate(scores)), "patients": len({patient_of(row) for row in rows})}
+    if not scores:  # one patient: what the alarm lets pass is not known
+        return UNCALIBRATED
+    return calibrate([score for score, _ in scores], [patient for _, patient in scores])
 
 
 def _real_rows(
-    scorer: Scorer, crops: TrainingCrops, code: str, left_out: dict[str, np.ndarray], salt: str, bar: Any
+    scorer: Scorer, crops: TrainingCrops, code: str, left_out: Scores, salt: str, bar: Any
 ) -> list[dict[str, Any]]:
     """Scores of training crops of a phase as if their patient were not there, also by the probe."""
     rows = spread(crops.rows[code], REAL_CROPS, salt)
     scores = _scored(scorer, [crops.crop(row) for row in rows], code, [patient_of(row) for row in rows], bar)
     for row, score in zip(rows, scores, strict=True):
-        if row["key"] in left_out:
-            score.update(phase_scores(left_out[row["key"]], crops.codes.index(code)))
+        score.update(left_out.get(row["key"], {}))
     return scores
 
 
@@ -130,17 +138,18 @@ def _scale(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def _gates(crops: TrainingCrops, code: str, rows: list[dict[str, Any]], salt: str) -> Gates:
     spoilt = [image_statistics(blurred(crops.crop(row))) for row in spread(crops.rows[code], REAL_CROPS, salt)]
-    return make_gates(rows, spoilt)
+    return make_gates(rows, spoilt, len(set(crops.patients[code])))
 
 
 def _yardsticks(scorer: Scorer, crops: TrainingCrops, salt: str, bar: Any) -> dict[str, dict[str, Rows]]:
     """Phase -> kind -> rows of scores of held-out crops, and of what they become when spoilt or given another phase."""
-    held_out = rows_by_phase(crops.real, crops.codes, ("val", "test"))
-    chosen = {code: [crops.crop(row) for row in spread(held_out[code], HELD_OUT_CROPS, salt)] for code in crops.codes}
+    held_out = rows_by_phase(crops.real, crops.real.classes.codes, ("val", "test"))
+    chosen = {code: [crops.crop(row) for row in spread(own, HELD_OUT_CROPS, salt)] for code, own in held_out.items()}
     found: dict[str, dict[str, Rows]] = {}
-    for code, own in chosen.items():
+    for code in crops.codes:
+        own = chosen[code]
         few = own[:SPOILT_CROPS]
-        share = -(-SPOILT_CROPS // max(1, len(crops.codes) - 1))
+        share = -(-SPOILT_CROPS // max(1, len(chosen) - 1))
         wrong = [crop for other, theirs in chosen.items() if other != code for crop in theirs[:share]]
         kinds = {"real": own, "wrong phase": wrong[:SPOILT_CROPS]}
         kinds |= {kind: [spoil(crop) for crop in few] for kind, spoil in SPOILS.items()}

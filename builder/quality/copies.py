@@ -44,6 +44,9 @@ UNIT = 4096  # length of a descriptor
 TARGET = 1e-3  # share of other patients' real crops that may raise an alarm
 TAIL = 0.2  # share of the scores that shapes the tail
 LEAST_THRESHOLD, MOST_THRESHOLD = 0.65, 0.8  # real crops of different patients reach the one, altered copies the other
+UNCALIBRATED: dict[str, Any] = {  # as `calibrate` gives it, where there are no other patients: the most careful alarm
+    "threshold": LEAST_THRESHOLD, "alarms": 0, "n": 0, "rate": None, "interval": [0.0, 1.0], "patients": 0,
+}  # fmt: skip
 
 
 class CopyIndex:

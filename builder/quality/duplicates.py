@@ -22,7 +22,7 @@ def mark_duplicates(dataset: Dataset, threshold: float, *, progress: bool = True
     An image is compared with those before it, in the order of the shards: what is known of the first images of a
     dataset stays true when more are added, and their manifests are not touched.
     """
-    rows = dataset.table(["key", "phase", "shard", "offset", "size", *COLUMNS]).to_pylist()
+    rows = dataset.table(["key", "phase", "sha256", "shard", "offset", "size", *COLUMNS]).to_pylist()
     found: dict[str, dict[str, Any]] = {}
     with tqdm(desc=f"duplicates in {dataset.name}", unit="image", disable=not progress) as bar:
         for code in sorted({row["phase"] for row in rows}):
@@ -31,7 +31,10 @@ def mark_duplicates(dataset: Dataset, threshold: float, *, progress: bool = True
             if first < len(own):
                 keys = [row["key"] for row in own]
                 scores, earlier = find_duplicates(_pixels(dataset, own, bar), keys, first, device)
+                equal = _first_of_equal(own)
                 for key, score, other in zip(keys[first:], scores, earlier, strict=True):
+                    if equal[key] != key:  # also of flat images, whose correlation is 0
+                        score, other = 1.0, equal[key]
                     found[key] = {
                         "duplicate_score": float(score),
                         "duplicate_of": other if score >= threshold else None,
@@ -42,6 +45,12 @@ def mark_duplicates(dataset: Dataset, threshold: float, *, progress: bool = True
         if any(row["key"] in found for row in own):
             marked = with_columns(table, [found.get(row["key"], row) for row in own], FIELDS)
             write_manifest(dataset.storage, manifest_path(dataset.name, number), marked)
+
+
+def _first_of_equal(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Key -> the key of the first image with the same pixels, maybe itself."""
+    first: dict[str, str] = {}
+    return {row["key"]: first.setdefault(row["sha256"], row["key"]) for row in rows}
 
 
 def _pixels(dataset: Dataset, rows: list[dict[str, Any]], bar: Any) -> Iterator[Any]:

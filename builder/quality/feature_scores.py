@@ -44,7 +44,7 @@ class FeatureScores:
     ) -> None:
         """`features`: phase -> float [M, D] of its training crops; `patients`: phase -> the patient of each.
 
-        `probe`: fitted on features of unit length; None: there is none.
+        `probe`: fitted on features of unit length; None: there is none. Of phases it does not know it says nothing.
         """
         self._training = {code: _training(own, patients[code]) for code, own in features.items()}
         self._probe = probe
@@ -73,12 +73,12 @@ class FeatureScores:
         return found
 
     def _add_phase(self, found: list[dict[str, float | None]], features: np.ndarray, codes: Sequence[str]) -> None:
-        if self._probe is None:
-            for row in found:
-                row.update(phase_probability=None, phase_margin=None)
-        else:
+        for row in found:
+            row.update(phase_probability=None, phase_margin=None)
+        if self._probe is not None:
             for row, said, code in zip(found, self._probe.probabilities(features), codes, strict=True):
-                row.update(phase_scores(said, self._probe.codes.index(code)))
+                if code in self._probe.codes:
+                    row.update(phase_scores(said, self._probe.codes.index(code)))
 
 
 def phase_scores(probabilities: np.ndarray, place: int) -> dict[str, float | None]:

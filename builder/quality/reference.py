@@ -18,7 +18,7 @@ from builder.config import fingerprint
 from builder.errors import BuilderError
 from builder.quality.gates import Gates
 from builder.shards.dataset import Dataset
-from builder.shards.schema import NUMERIC_SCORES
+from builder.shards.schema import NUMERIC_SCORES, STAMP
 
 SCORE_VERSION = 2  # of the code: raise it when a score's definition changes
 
@@ -104,22 +104,31 @@ def has_reference(dataset: Dataset) -> bool:
 
 
 def load_reference(dataset: Dataset) -> Reference:
-    """The reference that the scores of `dataset` stand on; of a filtered dataset, its parent's where it has none."""
+    """The reference that the scores of `dataset` stand on; of a filtered dataset, its parent's where it has none.
+
+    BuilderError when there is none, when it is damaged or of another version, or when scoring by it was interrupted.
+    """
     owner = _scored(dataset)
     path = reference_path(owner)
-    remedy = f"run `builder score {dataset.name} --against REAL`"
+    remedy = f"run `builder score {owner.name} --against REAL`, with --partial where it is not complete"
     try:
         data = json.loads(owner.storage.read(path))
     except FileNotFoundError:
         raise BuilderError(f"dataset '{dataset.name}' was never scored against real crops", remedy) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
     if data.get("score_version") != SCORE_VERSION:
         raise BuilderError(f"the scores of '{dataset.name}' were made by another version of this program", remedy)
     try:
-        return Reference.from_json(data)
+        reference = Reference.from_json(data)
     except TypeError as error:
         raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
+    for number in owner.shard_numbers()[:1]:  # scoring begins with this one; what it did not reach, its readers see
+        if owner.shard_metadata(number).get(STAMP, reference.version) != reference.version:
+            raise BuilderError(
+                f"the scores of '{dataset.name}' are not of its reference: scoring was interrupted", remedy
+            )
+    return reference
 
 
 def save_reference(dataset: Dataset, reference: Reference) -> None:

@@ -16,6 +16,7 @@ from builder.quality.panel import patient_of
 from builder.quality.reference import Reference, save_reference
 from builder.quality.scorer import Scorer
 from builder.shards.dataset import Dataset
+from builder.shards.lock import exclusive
 from builder.shards.schema import SCORES, STAMP, with_columns
 from builder.shards.writer import manifest_path, write_manifest
 
@@ -29,9 +30,15 @@ def score_dataset(
 
     Real crops are compared with other patients' only. Shards that already bear this version of the scores are passed
     over, so a killed run continues. Records the reference (reference.json) and, at the end, the protocol (`scores` in
-    dataset.json). Raises BuilderError when the class tables differ or `real` has no training crop of a phase.
+    dataset.json). Raises BuilderError when the class tables differ, `real` has no training crop of a phase, or a job is
+    writing the dataset.
     """
     dataset.classes.require_same(real.classes, f"dataset '{dataset.name}'", f"'{real.name}'")
+    with exclusive(dataset):
+        return _score_dataset(dataset, real, config, progress, device)
+
+
+def _score_dataset(dataset: Dataset, real: Dataset, config: ScoreConfig, progress: bool, device: str) -> Reference:
     rows = dataset.table(["phase", "width", "height"])
     codes = [code for code in dataset.classes.codes if code in set(rows["phase"].to_pylist())]
     sizes = set(rows["width"].to_pylist()) | set(rows["height"].to_pylist())
@@ -60,7 +67,7 @@ def _scores(dataset: Dataset, number: int, table: pa.Table, scorer: Scorer, bar:
     scores, features = [], []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        patients = [patient_of(row) if row["origin"] == "real" and row["patient"] else None for row in chunk]
+        patients = [patient_of(row) if row["origin"] == "real" else None for row in chunk]
         scores += scorer.score([dataset.pixels(row) for row in chunk], [row["phase"] for row in chunk], patients)
         features.append(scorer.last_features)
         bar.update(len(chunk))

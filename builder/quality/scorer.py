@@ -13,7 +13,7 @@ from builder.errors import BuilderError
 from builder.quality.feature_scores import FeatureScores
 from builder.quality.features import load_extractor
 from builder.quality.features.extractor import Extractor
-from builder.quality.lpips import PanelLPIPS
+from builder.quality.lpips import PanelLPIPS, why_missing
 from builder.quality.panel import patient_of
 from builder.quality.probe import Probe
 from builder.quality.reference import SCORE_VERSION, Reference
@@ -28,6 +28,7 @@ Patients = Sequence[
     str | None
 ]  # of each image, whose crops are left out of all that it is compared with; None: nobody's
 Rows = list[dict[str, Any]]
+KEEP = "keep the score settings, or run `builder score` to score all of it anew"
 RANKED = {field.name: field.name.removesuffix("_real_pct") for field in PERCENTILES}
 
 
@@ -117,6 +118,7 @@ class Scorer:
         ]
         if reference.lpips:
             lpips = PanelLPIPS(panels, size, config.lpips, device)
+            _require_equal({"lpips": reference.lpips}, {"lpips": lpips.weights_sha256})
             self._scorers.append(PanelScorer("lpips", lpips, owners, reference.panel_size))
 
     @property
@@ -165,10 +167,15 @@ def require_protocol(reference: Reference, config: ScoreConfig, extractor: Extra
         "panel_size": config.panel, "panel_seed": config.panel_seed, "score_version": SCORE_VERSION,
         "features": extractor.id,
     }  # fmt: skip
-    had = {key: getattr(reference, key) for key in asked}
+    _require_equal({key: getattr(reference, key) for key in asked}, asked)
+    if reference.lpips and (reason := why_missing(config)):
+        raise BuilderError(f"the dataset was scored with LPIPS, but now {reason}", KEEP)
+
+
+def _require_equal(had: dict[str, Any], asked: dict[str, Any]) -> None:
     differs = [f"{key} {had[key]} -> {asked[key]}" for key in asked if had[key] != asked[key]]
     if differs:
         raise BuilderError(
             f"the dataset was scored by another protocol: {', '.join(differs)}",
-            "keep the score settings, or run `builder score` to score all of it anew",
+            KEEP,
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from builder.errors import BuilderError
 from builder.quality.copies import CopyIndex
+from builder.quality.feature_scores import unit_length
 from builder.quality.features.cache import dataset_features
 from builder.quality.features.extractor import Extractor
 from builder.quality.panel import Rows, panel_sha256, patient_of, rows_by_phase, spread
@@ -41,6 +42,18 @@ class TrainingCrops:
         features = dataset_features(self.real, self.extractor, image_size=self.image_size, rows=ordered)
         ends = np.cumsum([len(self.rows[code]) for code in self.codes])
         return dict(zip(self.codes, np.split(features, ends[:-1]), strict=True))
+
+    def for_probe(self) -> tuple[list[str], Rows, np.ndarray]:
+        """Phases that a probe can tell apart, training crops of theirs, and the features [N, D] of these, unit length.
+
+        All of the dataset's phases with crops of at least two patients, also those that are not to be scored: a probe
+        that does not know a phase would give its images to another.
+        """
+        by_phase = {code: [row for row in self._every if row["phase"] == code] for code in self.real.classes.codes}
+        codes = [code for code, rows in by_phase.items() if len({patient_of(row) for row in rows}) > 1]
+        rows = [row for code in codes for row in by_phase[code]]
+        features = dataset_features(self.real, self.extractor, image_size=self.image_size, rows=rows)
+        return codes, rows, unit_length(features)
 
     @cached_property
     def patients(self) -> dict[str, list[str]]:

@@ -180,12 +180,14 @@ class Facts:
         import duckdb
 
         if self._connection is None:
-            self._connection = duckdb.connect(config={"enable_external_access": "false", "threads": 1})
+            self._connection = duckdb.connect(
+                config={"enable_external_access": "false", "python_enable_replacements": "false", "threads": 1}
+            )
         numbered = table.append_column("row_number_", pa.array(np.arange(table.num_rows)))
         try:
-            self._connection.register("manifest", numbered)
-            query = f"SELECT row_number_ FROM manifest WHERE coalesce(({self.criteria.where}), false)"
-            rows = self._connection.execute(query).fetchnumpy()["row_number_"]
+            # A relation without a name: a subquery would see the rows of one shard alone, and so finds no table.
+            satisfying = self._connection.from_arrow(numbered).filter(f"coalesce(({self.criteria.where}), false)")
+            rows = satisfying.project("row_number_").fetchnumpy()["row_number_"]
         except duckdb.Error as error:
             columns = ", ".join([*(field.name for field in IDENTITY), *SCORE_NAMES])
             raise BuilderError(

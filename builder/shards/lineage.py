@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,28 +20,37 @@ def find_leak(synthetic: Dataset, real: Dataset, splits: Sequence[str] = HELD_OU
     What can't be known not to leak is a leak as well: an unknown lineage, patients hashed with another key, held-out
     samples without a patient.
     """
-    seen: dict[str, Any] = synthetic.info.get("lineage") or {}
+    seen = synthetic.info.get("lineage") or {}
+    return leak_of(seen, f"'{synthetic.name}'", real, splits, who=f"the generator of '{synthetic.name}'")
+
+
+def leak_of(
+    seen: Mapping[str, Any], name: str, real: Dataset, splits: Sequence[str] = HELD_OUT, *, who: str = ""
+) -> str | None:
+    """As `find_leak`, of a lineage (known, key_fingerprint, patients) itself.
+
+    name: what has this lineage, as the answer calls it; who: what saw the patients, if that is something else.
+    """
     if not seen.get("known"):
-        return f"the lineage of '{synthetic.name}' is unknown: it may come from patients that '{real.name}' holds out"
+        return f"the lineage of {name} is unknown: it may come from patients that '{real.name}' holds out"
     table = real.table(("patient", "split"))
     patients = table.filter(pc.is_in(table["split"], value_set=pa.array(list(splits))))["patient"].unique().to_pylist()
     if not patients:
         return None
+    if None in patients:
+        return f"held-out samples of '{real.name}' have no patient: {who or name} may have seen them"
     keys = [seen.get("key_fingerprint"), (real.info.get("lineage") or {}).get("key_fingerprint")]
     if keys[0] != keys[1] or keys[0] is None:
+        why = "no key is recorded" if None in keys else "they were hashed with different keys"
         return (
-            f"the patients of '{synthetic.name}' and '{real.name}' cannot be compared: "
-            f"they were hashed with different keys (fingerprints {keys[0]} and {keys[1]})"
-        )
-    if None in patients:
-        return (
-            f"held-out samples of '{real.name}' have no patient: the generator of '{synthetic.name}' may have seen them"
+            f"the patients of {name} and '{real.name}' cannot be compared: {why} (fingerprints {keys[0]} and {keys[1]})"
         )
     shared = sorted(set(patients) & set(seen.get("patients") or ()))
     if not shared:
         return None
-    more = f" and {len(shared) - NAMED} more" if len(shared) > NAMED else ""
-    return (
-        f"the generator of '{synthetic.name}' was trained on {len(shared)} patients that '{real.name}' holds out: "
-        f"{', '.join(shared[:NAMED])}{more}"
-    )
+    return f"{who or name} was trained on {len(shared)} patients that '{real.name}' holds out: {first_few(shared)}"
+
+
+def first_few(patients: Sequence[str]) -> str:
+    more = f" and {len(patients) - NAMED} more" if len(patients) > NAMED else ""
+    return f"{', '.join(patients[:NAMED])}{more}"

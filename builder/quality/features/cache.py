@@ -74,7 +74,8 @@ def save_features(
 ) -> None:
     """Keep the features [N, dimension] of shard `number`, whose rows have these pixel hashes (SHA-256, in order).
 
-    Written whole or not at all. Features that an earlier writing of this shard left are removed.
+    Written whole or not at all; where that can't be done, a warning says so. Features that an earlier writing of this
+    shard left are removed.
     """
     features = np.ascontiguousarray(features, np.float32)
     if features.shape != (len(pixel_hashes), extractor.dimension):
@@ -84,10 +85,13 @@ def save_features(
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, features, allow_pickle=False)
     folder, name = _folder(dataset, extractor, image_size), _file(number, pixel_hashes)
-    dataset.storage.write(f"{folder}/{name}", buffer.getvalue())
-    for other in dataset.storage.list(folder, ".npy"):
-        if other.startswith(f"{shard_name(number)}-") and other != name:
-            dataset.storage.remove(f"{folder}/{other}")
+    try:
+        dataset.storage.write(f"{folder}/{name}", buffer.getvalue())
+        for other in dataset.storage.list(folder, ".npy"):
+            if other.startswith(f"{shard_name(number)}-") and other != name:
+                dataset.storage.remove(f"{folder}/{other}")
+    except OSError as error:  # another's dataset, a full disk: the figures don't depend on the cache
+        warnings.warn(f"features of '{dataset.name}' are not kept and will be computed again: {error}", stacklevel=2)
 
 
 class _Cache:
@@ -114,7 +118,7 @@ class _Cache:
                 features[place] = known[sha256]
         if missing:
             self._compute(number, missing, features, progress)
-            self._keep(number, hashes, features)
+            save_features(self._dataset, number, self._extractor, self._image_size, hashes, features)
         return features
 
     def read(self, number: int, hashes: list[str]) -> np.ndarray | None:
@@ -156,14 +160,6 @@ class _Cache:
                     images = [resize(image, self._image_size) for image in images]
                 features[part] = self._extractor.of(images)
                 bar.update(len(part))
-
-    def _keep(self, number: int, hashes: list[str], features: np.ndarray) -> None:
-        try:
-            save_features(self._dataset, number, self._extractor, self._image_size, hashes, features)
-        except OSError as error:  # another's dataset, a full disk: the figures don't depend on the cache
-            warnings.warn(
-                f"features of '{self._dataset.name}' are not kept and will be computed again: {error}", stacklevel=2
-            )
 
 
 def _folder(dataset: Dataset, extractor: Extractor, image_size: int | None) -> str:

@@ -86,8 +86,8 @@ def _sha256(make: Any, network: Any) -> str:
     digest = hashlib.sha256()
     try:
         digest.update(Path(inspect.getfile(make)).read_bytes())
-    except TypeError:  # a built-in has no source
-        digest.update(repr(make).encode())
+    except TypeError:  # a built-in or an object has no source; its repr would bear an address
+        digest.update(f"{type(make).__module__}.{type(make).__qualname__}".encode())
     if isinstance(network, nn.Module):
         digest.update(weights_sha256(network).encode())
     return digest.hexdigest()

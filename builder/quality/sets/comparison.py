@@ -112,7 +112,9 @@ class _Table:
         self._note = ""
         if not replicates:
             return
-        if patients < FEW_PATIENTS:
+        if len(other) == 1:
+            self._note = "one synthetic image: no interval"
+        elif patients < FEW_PATIENTS:
             self._note = f"only {patients} patients" if patients > 1 else "one patient: no interval"
         if patients > 1 and len(other) > 1:
             chance = np.random.default_rng(seed)
@@ -127,7 +129,7 @@ class _Table:
         """The figures that `make()` measures, named in `bounds`, which also hold their ranges."""
         if min(self._sizes) < least:
             n, m = self._sizes
-            return dict.fromkeys(bounds, Estimate(note=f"needs {least} images on either side, there are {n} and {m}"))
+            return dict.fromkeys(bounds, Estimate(note=f"needs {_images(least)} on either side, there are {n} and {m}"))
         measured = make()
 
         def figures(w: Counts, v: Counts) -> dict[str, float]:
@@ -168,7 +170,11 @@ def _blocks(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _few(n: int) -> str:
-    return f"only {n} images" if n < FEW_IMAGES else ""
+    return f"only {_images(n)}" if n < FEW_IMAGES else ""
+
+
+def _images(n: int) -> str:
+    return f"{n} image{'' if n == 1 else 's'}"
 
 
 def _joined(*notes: str) -> str:

@@ -12,34 +12,26 @@ from typing import Any
 import numpy as np
 
 from builder.quality.sets.distances import Counts, checked
-from builder.quality.statistics import LUMA, image_statistics
+from builder.quality.statistics import image_statistics
 
 FOLDS = 5
 STRENGTH = 0.01  # inverse regularisation (C) of the probe on standardised features: these are many, images are few
 GIVES_AWAY = 0.7  # AUC; a trait whose whole interval lies above gives an image away by itself
 TRAITS = (
-    "sharpness", "contrast", "clipped", "mean_r", "mean_g", "mean_b", "saturation", "noise", "bytes_per_pixel",
+    "sharpness", "contrast", "clipped", "mean_r", "mean_g", "mean_b", "saturation", "noise", "chroma_noise",
+    "bytes_per_pixel",
 )  # fmt: skip
-LAPLACIAN = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], float)
 
 
 def traits(pixels: np.ndarray, row: Mapping[str, Any]) -> dict[str, float]:
     """The TRAITS of a uint8 RGB image [H, W, 3] and its manifest row.
 
-    Those of quality.statistics; saturation: mean of the largest less the smallest channel (0..255); noise: Immerkær's
-    estimate of its standard deviation in the luma (CVIU 64, 1996), grey levels, 0 below 3 px; bytes_per_pixel: of the
-    stored payload, as the codec left it, at the stored size.
+    Those of quality.statistics; saturation: mean of the largest less the smallest channel (0..255); bytes_per_pixel:
+    of the stored payload, as the codec left it, at the stored size.
     """
-    luma = pixels @ LUMA
-    height, width = luma.shape
-    noise = 0.0
-    if min(height, width) >= 3:
-        windows = np.lib.stride_tricks.sliding_window_view(luma, (3, 3))
-        noise = float(np.sqrt(np.pi / 2) / 6 * np.abs(np.einsum("hwij,ij->hw", windows, LAPLACIAN)).mean())
     return {
         **image_statistics(pixels),
         "saturation": float((pixels.max(2).astype(float) - pixels.min(2)).mean()),
-        "noise": noise,
         "bytes_per_pixel": row["size"] / (row["width"] * row["height"]),
     }
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from builder.errors import BuilderError
 from builder.quality.panel import patient_of
 from builder.quality.sets.comparison import Naming, Side, compare
-from builder.quality.sets.scores import POOLED, Rows, describe, load_sides, shuffled
+from builder.quality.sets.scores import NEEDED, POOLED, Rows, describe, load_sides, shuffled
 from builder.shards.dataset import Dataset
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ def real_floors(
     """
     if repeats < 1 or not sizes or min(sizes) < 2:
         raise BuilderError(f"N is {list(sizes)}, repeats {repeats}", "give an N of at least 2 and at least one repeat")
-    rows = shuffled(real.table().to_pylist(), seed)
+    if real.info.get("origin") != "real":
+        raise BuilderError(
+            f"dataset '{real.name}' is {real.info.get('origin')}: it has no floor", "name a dataset of real crops"
+        )
+    rows = shuffled(real.table(NEEDED).to_pylist(), seed)
     loaded = load_sides(real, rows, extractor, image_size, progress=progress)
     naming = Naming(extractor.name, extractor.standard)
     groups = {POOLED: rows, **{code: [row for row in rows if row["phase"] == code] for code in real.classes.codes}}
@@ -63,6 +67,7 @@ def real_floors(
         "seed": seed,
         "repeats": repeats,
         "image_size": image_size,
+        "without_patient": sum(row["patient"] is None for row in rows),
         "extractor": describe(extractor),
         "fingerprints": {real.name: real.info.get("fingerprint")},
         "groups": found,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from builder.errors import BuilderError, did_you_mean
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from builder.quality.features.extractor import Extractor
 
 POOLED = "pooled"
+FEW_RESAMPLES = 20  # fewer have no 2.5 % quantile to speak of
+# Columns of the manifests that are read; of hundreds of thousands of rows all would take gigabytes.
+NEEDED = ("key", "phase", "patient", "source", "split", "shard", "offset", "size", "sha256", "width", "height")
 
 Rows = list[dict[str, Any]]
 
@@ -66,30 +70,32 @@ def set_scores(
     Raises BuilderError for a split that is empty or not held out, a possible leak without the reason `allow_leak`,
     classes that differ, and features that are not finite.
     """
-    if max_n < 1 or replicates < 0:
-        raise BuilderError(f"max-n is {max_n} and bootstrap {replicates}", "give at least 1 image and 0 replicates")
+    if max_n < 1 or replicates < 0 or 0 < replicates < FEW_RESAMPLES:
+        raise BuilderError(
+            f"max-n is {max_n} and bootstrap {replicates}",
+            f"give at least 1 image, and 0 resamples (no intervals) or at least {FEW_RESAMPLES}",
+        )
     lineage = require_comparable(synthetic, real, split, allow_leak)
     size = one_size(synthetic)
-    tables = {"real": real.table().to_pylist(), "synthetic": synthetic.table().to_pylist()}
-    reference = [row for row in tables["real"] if row["split"] == split]
+    of_real, made = (dataset.table(NEEDED).to_pylist() for dataset in (real, synthetic))
+    reference = [row for row in of_real if row["split"] == split]
     if not reference:
         raise BuilderError(f"dataset '{real.name}' has no crops in its split '{split}'", "name another split")
     held_out = {patient_of(row) for row in reference}
-    training = [row for row in tables["real"] if row["split"] == "train" and patient_of(row) not in held_out]
-    codes = [
-        code for code in synthetic.classes.codes if any(code == r["phase"] for r in reference + tables["synthetic"])
-    ]
-    by_phase = {code: _Choice.of(code, reference, tables["synthetic"], training, max_n, seed) for code in codes}
+    training = [row for row in of_real if row["split"] == "train" and patient_of(row) not in held_out]
+    there = {row["phase"] for row in (*reference, *made)}
+    codes = [code for code in synthetic.classes.codes if code in there]
+    by_phase = {code: _Choice.of(code, reference, made, training, max_n, seed) for code in codes}
     groups = {POOLED: _pooled(list(by_phase.values()), max_n, seed), **by_phase}
 
-    loaded = {}
-    for dataset, parts in ((real, ("reference", "training")), (synthetic, ("synthetic",))):
-        rows = {row["key"]: row for choice in groups.values() for part in parts for row in getattr(choice, part)}
-        loaded[dataset.name] = load_sides(dataset, list(rows.values()), extractor, size, progress=progress)
+    real_rows = {row["key"]: row for choice in groups.values() for row in (*choice.reference, *choice.training)}
+    made_rows = {row["key"]: row for choice in groups.values() for row in choice.synthetic}
+    loaded_real = load_sides(real, list(real_rows.values()), extractor, size, progress=progress)
+    loaded_made = load_sides(synthetic, list(made_rows.values()), extractor, size, progress=progress)
     naming = Naming(extractor.name, extractor.standard)
     results = {}
     for name, choice in tqdm(groups.items(), "figures", unit="group", disable=not progress):
-        figures = _figures(choice, loaded[real.name], loaded[synthetic.name], naming, replicates, seed)
+        figures = _figures(choice, loaded_real, loaded_made, naming, replicates, seed)
         results[name] = [*figures, _copies(synthetic, None if name == POOLED else name)]
     return {
         "dataset": synthetic.name,
@@ -121,8 +127,10 @@ def require_comparable(synthetic: Dataset, real: Dataset, split: str, allow_leak
             )
     synthetic.classes.require_same(real.classes, f"dataset '{synthetic.name}'", f"'{real.name}'")
     problem = find_leak(synthetic, real, (split,))
+    stand_in = real.info.get("group_by")
+    unknown = f"; but patients of '{real.name}' are unknown and stood in for by {stand_in}" if stand_in else ""
     if problem is None:
-        return f"the generator of '{synthetic.name}' saw no patient of the {split} split of '{real.name}'"
+        return f"the generator of '{synthetic.name}' saw no patient of the {split} split of '{real.name}'{unknown}"
     if not allow_leak:
         raise BuilderError(
             f"{problem}; figures against them would flatter it",
@@ -290,12 +298,16 @@ def _copies(synthetic: Dataset, code: str | None) -> Figure:
         alarm = load_reference(synthetic).copy
     except BuilderError as error:  # never scored, or by an older version: the other figures stand all the same
         return Figure("copies", None, None, None, None, 0, 0, f"{error.what}: {error.remedy}")
-    rows = synthetic.table().to_pylist()
-    scores = [row.get("copy_score") for row in rows if code is None or row["phase"] == code]
-    known = [score for score in scores if score is not None]
-    if not alarm or not known:
+    table = synthetic.table(("phase", "copy_score"))
+    if code is not None:
+        table = table.filter(pc.equal(table["phase"], code))
+    scores = table["copy_score"].to_numpy() if "copy_score" in table.column_names else np.full(len(table), np.nan)
+    known = scores[~np.isnan(scores.astype(np.float32))]
+    if not len(scores):
+        return Figure("copies", None, None, None, None, 0, 0, f"no synthetic image of {code}")
+    if not alarm or not len(known):
         return Figure("copies", None, None, None, None, 0, 0, "never scored for copies: run `builder score`")
-    alarms = sum(score >= alarm["threshold"] for score in known)
+    alarms = int((known >= np.float32(alarm["threshold"])).sum())  # in 32 bits, as scores are stored and filtered
     ends = binomtest(alarms, len(known)).proportion_ci(method="exact")
     note = f"copy_score >= {alarm['threshold']:.3g}: {alarms} images"
     if len(known) < len(scores):

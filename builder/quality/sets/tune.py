@@ -17,6 +17,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from builder.errors import BuilderError
+from builder.quality.feature_scores import unit_length
 from builder.quality.panel import patient_of
 from builder.quality.sets.comparison import Naming
 from builder.quality.sets.distances import frechet_distance, kernel_distance
@@ -86,12 +87,13 @@ def equal_sizes(
 
 
 def set_figures(real: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """The figures that the grid is judged by, of features [N, D] against real ones [M, D], in random order."""
+    """The figures that the grid is judged by, of features [N, D] against real ones [M, D], in random order; defined as
+    in sets.comparison."""
     vendi = VendiRatio(real, other)
     return {
         "fd": frechet_distance(real, other),
         "kd": kernel_distance(real, other),
-        **manifold_scores(real, other),
+        **manifold_scores(unit_length(real), unit_length(other)),
         "vendi_ratio": vendi(np.ones(len(real), int), np.ones(len(other), int)),
     }
 
