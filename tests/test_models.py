@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builder.errors import BuilderError
+from builder.models.building import clip_tokenizer
 from builder.models.checkpoint import Checkpoint, Lineage, read_checkpoint, resolve, save_checkpoint
 from builder.models.load import load_pipeline
-from builder.models.sdxl import build, clip_tokenizer
+from builder.models.sdxl import build
 from builder.phases import HEALING_PHASES
 
 ARCHITECTURE = {
@@ -225,10 +226,20 @@ def test_pickled_weights_are_not_read(copied: Path) -> None:
         load_pipeline(copied)
 
 
-def test_other_families_are_refused(copied: Path) -> None:
+@pytest.mark.parametrize(
+    "name, said", [("FluxPipeline", "no known family"), ("StableDiffusionPipeline", "conditioned on text_time")]
+)
+def test_pipelines_of_no_known_or_another_family_are_refused(copied: Path, name: str, said: str) -> None:
     index = json.loads((copied / "model_index.json").read_text())
-    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(BuilderError, match="StableDiffusionPipeline"):
+    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+    with pytest.raises(BuilderError, match=said):
+        load_pipeline(copied)
+
+
+def test_parts_of_several_models_are_refused(copied: Path, tmp_path: Path) -> None:
+    wider = {**ARCHITECTURE, "text_encoder": {**ARCHITECTURE["text_encoder"], "hidden_size": 32}}
+    build(wider, 16, seed=0).text_encoder.save_pretrained(copied / "text_encoder")
+    with pytest.raises(BuilderError, match="width 32, not 48"):
         load_pipeline(copied)
 
 

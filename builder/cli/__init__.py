@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import builder
+from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
 from builder.cli.filter import filter_
 from builder.cli.inspect import list_, rm, sheet, verify
@@ -40,6 +41,7 @@ def cli() -> None:
 for command in (
     pack,
     train,
+    checkpoint,
     shards,
     regenerate,
     score,

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuilderError
+from builder.models.history import Entry, History
 from builder.phases import ClassTable
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 FOLDER = Path("checkpoints")
 DESCRIPTION = "checkpoint.json"
 STEP = "step-"  # the folders of a training run: RUN/step-000100
+CHOICE = re.compile(r"best|latest|(epoch|step)=(\d+)")  # of a run's checkpoints, written RUN:best
+CHOICES = "RUN:best, RUN:latest, RUN:epoch=30, RUN:step=1200"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Checkpoint:
 
     path: Path
     family: str = "sdxl"
+    method: str = "full"  # full: the folder holds a whole UNet; lora: an adapter of `base`, fused when it is loaded
+    base: dict[str, str] = field(default_factory=dict)  # what it was trained from: reference, sha256
     classes: ClassTable | None = None
     prompts: dict[str, str] = field(default_factory=dict)  # by class code, as trained with
     original_sizes: dict[str, list[int]] = field(default_factory=dict)  # by class code: quantiles of native sides, px
@@ -46,6 +52,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    epoch: int = 0
     licence: dict[str, str] = field(default_factory=dict)  # base, data
     created: str = ""  # ISO 8601, UTC
 
@@ -57,10 +64,18 @@ class Checkpoint:
         return f"{self.path.parent.name}/{self.path.name}" if self.path.name.startswith(STEP) else self.path.name
 
     @property
+    def reference(self) -> str:
+        """What `resolve` finds it by, from the same working directory."""
+        return "demo" if self.path == DEMO else str(self.path)
+
+    @property
     def sha256(self) -> str:
         """SHA-256 over what decides the images: weights, and the settings of every part (scheduler, scale, tokens)."""
         total = hashlib.sha256(json.dumps(self.original_sizes, sort_keys=True).encode())
         parts = [path for path in self.path.glob("*/*") if path.suffix in (".safetensors", ".json", ".txt")]
+        if self.method == "lora":  # the images are those of the base and the adapter together
+            total.update(self.base.get("sha256", "").encode())
+            parts += self.path.glob("*.safetensors")
         for file in sorted(parts, key=lambda path: path.relative_to(self.path).as_posix()):
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -77,36 +92,108 @@ class Checkpoint:
         }
 
 
-def resolve(reference: str | Path) -> Checkpoint:
-    """The checkpoint that `reference` names: 'demo', a folder, or a folder in ./checkpoints; a run means its last step.
+def resolve(reference: str | Path, run: str = "") -> Checkpoint:
+    """The checkpoint that `reference` names.
+
+    'demo', a folder, or a folder in ./checkpoints; a training run means its last step, RUN:best, RUN:latest,
+    RUN:epoch=30 and RUN:step=1200 choose another. Where `run` names a run (or one of its checkpoints), 'best',
+    'latest', 'epoch=30' and 'step=1200' alone choose among its checkpoints.
 
     Raises BuilderError, listing what is there, when there is none.
     """
-    for folder in [DEMO] if str(reference) == "demo" else [Path(reference), FOLDER / reference]:
-        found = folder if (folder / "model_index.json").is_file() else last_step(folder)
-        if found:
-            return read_checkpoint(found)
-    known = ["demo"] if (DEMO / "model_index.json").is_file() else []
-    known += sorted(
-        str(path.parent) for path in (*FOLDER.glob("*/model_index.json"), *FOLDER.glob("*/*/model_index.json"))
-    )
-    listed = (
-        f"there are: {', '.join(known)}" if known else f"there are none in {FOLDER}/ yet; make one with `builder train`"
-    )
-    raise BuilderError(f"there is no checkpoint '{reference}' (a diffusers folder with model_index.json)", listed)
+    text = str(reference)
+    if found := _find(text):
+        return read_checkpoint(found)
+    name, _, choice = text.rpartition(":")
+    if CHOICE.fullmatch(text):
+        name, choice = _without_choice(run), text
+        if not name or find_run(name) is None:
+            raise BuilderError(
+                f"'{text}' chooses among the checkpoints of a training run, and none is named",
+                f"write one of {CHOICES}; {_listed()}",
+            )
+    folder = find_run(name) if name else None
+    if folder is None:
+        raise BuilderError(f"there is no checkpoint '{text}' (a diffusers folder with model_index.json)", _listed())
+    if not CHOICE.fullmatch(choice):
+        raise BuilderError(f"'{choice}' does not choose a checkpoint of '{name}'", f"write one of {CHOICES}")
+    return read_checkpoint(folder / choose(run_history(folder), choice).path)
+
+
+def choose(history: History, choice: str) -> Entry:
+    """The checkpoint of a run that 'best', 'latest', 'epoch=30' or 'step=1200' means."""
+    if choice in ("best", "latest"):
+        return history.best() if choice == "best" else history.last
+    key, _, number = choice.partition("=")
+    return history.at(epoch=int(number)) if key == "epoch" else history.at(step=int(number))
+
+
+def find_run(name: str) -> Path | None:
+    """The folder of a training run: a path, or a folder in ./checkpoints."""
+    return next((run for run in (Path(name), FOLDER / name) if last_step(run)), None)
+
+
+def run_history(run: Path) -> History:
+    """The history of the checkpoints that are there: RUN/history.json, and what stands in folders it doesn't know."""
+    history = History.read(run)
+    recorded = {entry.path for entry in history.entries}
+    for folder in _steps(run):
+        if folder.name not in recorded:
+            found = read_checkpoint(folder)
+            step = found.step or int(folder.name.removeprefix(STEP))
+            history = history.with_entry(Entry(step, found.epoch, folder.name, found.metrics, found.created))
+    return history.in_folders(run)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a generator: a whole pipeline, or an adapter with its description."""
+    return any((folder / name).is_file() for name in ("model_index.json", DESCRIPTION))
 
 
 def last_step(run: Path) -> Path | None:
     """The checkpoint of the highest step in the folder of a training run."""
-    steps = [path.parent for path in run.glob(f"{STEP}*/model_index.json")]
-    return max(steps, key=lambda path: path.name, default=None)
+    return max(_steps(run), key=lambda path: int(path.name.removeprefix(STEP)), default=None)
+
+
+def all_checkpoints() -> list[Path]:
+    """The folders of all checkpoints: the demo's, those in ./checkpoints, and those of the runs there."""
+    folders = [DEMO] if is_checkpoint(DEMO) else []
+    for folder in sorted(FOLDER.glob("*")):
+        folders += [folder] if is_checkpoint(folder) else []
+        folders += sorted(_steps(folder), key=lambda path: int(path.name.removeprefix(STEP)))
+    return folders
+
+
+def _find(text: str) -> Path | None:
+    for folder in [DEMO] if text == "demo" else [Path(text), FOLDER / text]:
+        if found := folder if is_checkpoint(folder) else last_step(folder):
+            return found
+    return None
+
+
+def _steps(run: Path) -> list[Path]:
+    return [path for path in run.glob(f"{STEP}*") if re.fullmatch(rf"{STEP}\d+", path.name) and is_checkpoint(path)]
+
+
+def _without_choice(run: str) -> str:
+    """The run that a config's `checkpoint: RUN`, RUN:best or RUN/step-000100 speaks of."""
+    name, _, choice = run.rpartition(":")
+    run = name if CHOICE.fullmatch(choice) else run
+    return str(Path(run).parent) if Path(run).name.startswith(STEP) else run
+
+
+def _listed() -> str:
+    known = ["demo" if folder == DEMO else str(folder) for folder in all_checkpoints()]
+    if not known:
+        return f"there are none in {FOLDER}/ yet; make one with `builder train`"
+    return f"there are: {', '.join(known)}"
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Describe a diffusers folder; without checkpoint.json its lineage is unknown."""
     file = folder / DESCRIPTION
     if not file.is_file():
-        return Checkpoint(folder)
+        return Checkpoint(folder, family=_foreign_family(folder))
     try:
         data: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
         classes = ClassTable.from_json(data["classes"]) if data.get("classes") else None
@@ -119,6 +206,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ) from None
 
 
+def _foreign_family(folder: Path) -> str:
+    """The family of somebody else's diffusers folder; one that is none of ours is refused when it is loaded."""
+    with contextlib.suppress(OSError, ValueError):
+        if dict(json.loads((folder / "model_index.json").read_text())).get("_class_name") == "StableDiffusionPipeline":
+            return "sd15"
+    return "sdxl"
+
+
 def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
     """Write a diffusers pipeline to the folder `checkpoint.path`: float16 safetensors and checkpoint.json.
 
@@ -126,26 +221,50 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
     """
     import torch
 
-    target = checkpoint.path
+    from builder.models.families import with_parts
+
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    halves = {name: torch.nn.Module.to(copy.deepcopy(part), "cpu", torch.float16) for name, part in modules.items()}
+    with new_folder(checkpoint.path, replace=True) as folder:
+        with without_bars():
+            with_parts(pipeline, **halves).save_pretrained(folder, safe_serialization=True)
+        write_description(checkpoint, folder)
+    return checkpoint
+
+
+def save_adapter(unet: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """Write a denoiser's adapter (LoRA) to the folder `checkpoint.path`, with checkpoint.json, which names its base.
+
+    Whole or not at all, as `save_checkpoint`; the weights keep their dtype.
+    """
+    from builder.models.lora import save_lora
+
+    with new_folder(checkpoint.path, replace=True) as folder:
+        save_lora(unet, folder)
+        write_description(checkpoint, folder)
+    return checkpoint
+
+
+def write_description(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write checkpoint.json into a folder."""
+    text = json.dumps(checkpoint.to_json(), indent=1, sort_keys=True, allow_nan=False)
+    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `target` at the end of the block, or vanishes when the block fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
-        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-        halves = {name: torch.nn.Module.to(copy.deepcopy(part), "cpu", torch.float16) for name, part in modules.items()}
-        with without_bars():
-            type(pipeline)(**{**pipeline.components, **halves, **_options(pipeline)}).save_pretrained(
-                temporary, safe_serialization=True
-            )
-        text = json.dumps(checkpoint.to_json(), indent=1, sort_keys=True, allow_nan=False)
-        (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        yield temporary
         os.chmod(temporary, 0o755)
-        if target.exists():
+        if replace and target.exists():
             shutil.rmtree(target)
         temporary.replace(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return checkpoint
 
 
 @contextlib.contextmanager
@@ -160,8 +279,3 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _options(pipeline: Any) -> dict[str, Any]:
-    """Constructor options of the pipeline that are not components, as its model_index.json keeps them."""
-    return {key: value for key, value in pipeline.config.items() if key == "force_zeros_for_empty_prompt"}

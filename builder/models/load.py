@@ -1,4 +1,7 @@
-"""Load a diffusers folder: offline, safetensors only, strictly: a wrong weight file is an error, never ignored."""
+"""Load a generator: a diffusers folder, a single file, or an adapter on its base; offline, safetensors only, strictly.
+
+A wrong weight file is an error, never ignored.
+"""
 
 from __future__ import annotations
 
@@ -9,51 +12,113 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from builder.errors import BuilderError
-from builder.models.checkpoint import Checkpoint, without_bars
-from builder.models.sdxl import Pipeline
+from builder.models.building import Architecture, Pipeline
+from builder.models.checkpoint import DESCRIPTION, Checkpoint, without_bars
+from builder.models.families import Family, family_of
+from builder.models.lora import ADAPTER, fuse_lora, load_lora
+from builder.models.single_file import load_single_file
+from builder.models.source import locate, weights_sha256
+from builder.models.strict import refuse_any
 
-NAMED_KEYS = 5  # of a mismatch, in the error
-WEIGHTS: dict[str, tuple[Any, str]] = {
-    "text_encoder": (CLIPTextModel, "model"),
-    "text_encoder_2": (CLIPTextModelWithProjection, "model"),
-    "vae": (AutoencoderKL, "diffusion_pytorch_model"),
-    "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
-}
+ALIGNMENT = 64  # bytes: of what torch allocates on a CPU
+REMEDY = "the weights and config.json are not of one model; copy the whole checkpoint folder again"
 
 
 def load_pipeline(
-    checkpoint: str | Path | Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    checkpoint: str | Path | Checkpoint,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    architecture: Architecture | None = None,
 ) -> Pipeline:
-    """The pipeline of a checkpoint folder on `device`, in evaluation mode; nothing is downloaded or unpickled.
+    """The pipeline of a checkpoint on `device`, in evaluation mode; nothing is downloaded or unpickled.
 
+    checkpoint: a diffusers folder, a .safetensors file with a whole model (`architecture` gives its sizes where they
+    are not the published model's), or a folder with an adapter, which is fused into the base that it names. Safety
+    checkers and image encoders are left out.
     The networks are in `dtype`; the autoencoder stays in float32 when `dtype` is float16, in which SDXL's gives NaN.
     Raises BuilderError for missing files, for weights that are missing, left over or of another shape (the first
-    few are named), and for a pipeline of another family.
+    few are named), for a pipeline of no known family, and for an adapter whose base is not there or has changed.
     """
-    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    path = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    pipeline = _load(path, architecture or None)
+    for name in family_of(pipeline).weights:
+        wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
+        # Plain torch's `to`: diffusers' own warns at every cast.
+        _align(torch.nn.Module.to(getattr(pipeline, name), device, wanted).eval().requires_grad_(False))
+    return pipeline
+
+
+def _align(model: torch.nn.Module) -> None:
+    """Give weights that still lie in their mapped file memory of their own.
+
+    Kernels round differently by alignment: else the last bits of an image depend on where in the file a weight stands.
+    """
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.data_ptr() % ALIGNMENT:
+            weight.data = weight.data.clone()
+
+
+def _load(path: Path, architecture: Architecture | None) -> Pipeline:
+    """The pipeline in float32 on the CPU."""
+    if path.is_file():
+        return load_single_file(path, architecture)
+    adapter = (path / ADAPTER).is_file() and not (path / "model_index.json").is_file()
+    return _load_adapted(path) if adapter else _load_folder(path)
+
+
+def _load_folder(folder: Path) -> Pipeline:
     index = _read_json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind != "StableDiffusionXLPipeline":
-        raise BuilderError(
-            f"{folder} holds a {kind}, not a StableDiffusionXLPipeline", "give a checkpoint of the SDXL family"
-        )
-    parts: dict[str, Any] = {name: _weights(folder / name, *WEIGHTS[name]) for name in WEIGHTS}
-    for name in ("tokenizer", "tokenizer_2"):
+    family = family_of(str(index.get("_class_name")))
+    parts: dict[str, Any] = {name: _weights(folder / name, *where) for name, where in family.weights.items()}
+    for name in family.tokenizers:
         with _explained(folder / name):
             parts[name] = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
     with _explained(folder / "scheduler"):
         parts["scheduler"] = _scheduler(folder / "scheduler")
-    for name in WEIGHTS:
-        wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
-        # Plain torch's `to`: diffusers' own warns at every cast.
-        parts[name] = torch.nn.Module.to(parts[name], device, wanted).eval().requires_grad_(False)
-    empty = bool(index.get("force_zeros_for_empty_prompt", True))
-    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=empty, add_watermarker=False)
+    _require_fitting(family, parts, folder)
+    return family.assemble(parts, index)
+
+
+def _require_fitting(family: Family, parts: dict[str, Any], folder: Path) -> None:
+    """Parts of several models, each whole in itself, would only fail once an image is drawn."""
+    unet = parts["unet"].config
+    width = sum(parts[name].config.hidden_size for name in family.weights if name.startswith("text_encoder"))
+    for said, has, needs in (
+        ("conditioned on", unet.addition_embed_type or "nothing", family.added or "nothing"),
+        ("fed with token states of width", unet.cross_attention_dim, width),
+        ("fed with latent channels", unet.in_channels, parts["vae"].config.latent_channels),
+    ):
+        if has != needs:
+            raise BuilderError(
+                f"{folder} is no {family.pipeline_class}: the denoiser is {said} {has}, not {needs}",
+                "its parts are not of one model; copy the whole checkpoint folder again",
+            )
+
+
+def _load_adapted(folder: Path) -> Pipeline:
+    """The base that checkpoint.json names, the very same weights, with the adapter fused into its denoiser."""
+    description = _read_json(folder / DESCRIPTION)
+    named = description.get("base") or {}
+    if not named.get("reference") or not named.get("sha256"):
+        raise BuilderError(f"{folder / DESCRIPTION} names no base for its LoRA", "give `base`: reference and sha256")
+    try:
+        base = locate(named["reference"])
+    except BuilderError as error:
+        raise BuilderError(f"the base of the LoRA in {folder} is not there: {error.what}", error.remedy) from None
+    if weights_sha256(base) != named["sha256"]:
+        raise BuilderError(
+            f"the LoRA in {folder} was trained on another base than what '{named['reference']}' now is",
+            f"bring back the base with sha256 {named['sha256']}, or take a fused checkpoint",
+        )
+    config = description.get("config") or {}
+    pipeline = _load(base.path, config.get("model", {}).get("architecture") or None)
+    load_lora(pipeline.unet, folder / ADAPTER)
+    fuse_lora(pipeline.unet)
+    return pipeline
 
 
 def _weights(folder: Path, kind: Any, stem: str) -> Any:
@@ -81,13 +146,7 @@ def _require_exact(folder: Path, report: dict[str, Any]) -> None:
         keys = sorted(
             key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" for key in report[problem]
         )
-        keys = [key for key in keys if not key.endswith("position_ids")]
-        if keys:
-            more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
-            raise BuilderError(
-                f"{folder}: {len(keys)} weights are {said}: {', '.join(keys[:NAMED_KEYS])}{more}",
-                "the weights and config.json are not of one model; copy the whole checkpoint folder again",
-            )
+        refuse_any(str(folder), [key for key in keys if not key.endswith("position_ids")], said, REMEDY)
     if report.get("error_msgs"):
         raise BuilderError(f"{folder}: {report['error_msgs'][0]}", "copy the whole checkpoint folder again")
 

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """What the denoiser gets of a prompt: the states of its tokens [tokens, width], and one vector for all [width]."""
+    """What the denoiser gets of a prompt: the states of its tokens [tokens, width], and one vector for all [width].
+
+    The vector has width 0 in a family that has none.
+    """
 
     hidden: torch.Tensor
     pooled: torch.Tensor
@@ -39,26 +42,21 @@ class PromptEmbeddings:
 def encode_prompts(pipeline: Any, prompts: dict[str, str], negative_prompt: str) -> PromptEmbeddings:
     """Encode the prompt of each phase code with the pipeline's own text encoders, where and as precise as they are.
 
-    An empty negative prompt is all zeros where the pipeline's `force_zeros_for_empty_prompt` says so (as SDXL's
-    does), else the embedding of "": as when a diffusers pipeline is called without a negative prompt.
+    An empty negative prompt is what the family takes for none: SDXL zeros (where the pipeline's
+    `force_zeros_for_empty_prompt` says so), Stable Diffusion 1.5 the embedding of "", as when a diffusers pipeline is
+    called without a negative prompt.
     BuilderError when two different prompts have the same embedding: their phases could not be told apart.
     """
     import torch
 
-    device = pipeline.text_encoder.device
-    positive: dict[str, PromptEmbedding] = {}
+    from builder.models.families import family_of
+
+    family = family_of(pipeline)
     with torch.inference_mode():
-        for code, prompt in prompts.items():
-            hidden, negative_hidden, pooled, negative_pooled = pipeline.encode_prompt(
-                prompt=prompt,
-                device=device,
-                do_classifier_free_guidance=True,
-                negative_prompt=negative_prompt or None,
-            )
-            positive[code] = PromptEmbedding(hidden[0], pooled[0])
-            negative = PromptEmbedding(negative_hidden[0], negative_pooled[0])
+        positive = {code: PromptEmbedding(*family.encode(pipeline, prompt)) for code, prompt in prompts.items()}
+        without = family.encode(pipeline, negative_prompt) if negative_prompt else family.unconditional(pipeline)
     _require_distinct(positive, prompts)
-    return PromptEmbeddings(positive, negative)
+    return PromptEmbeddings(positive, PromptEmbedding(*without))
 
 
 def _require_distinct(embeddings: dict[str, PromptEmbedding], prompts: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
-"""From seeds to pixels: diffusers' SDXL sampling, batch after batch, with the prompts encoded once.
+"""From seeds to pixels: diffusers' sampling, batch after batch, with the prompts encoded once.
 
-In float32 the pixels are those of a plain `StableDiffusionXLPipeline` called with the same prompts, negative prompt,
-scheduler, guidance scale, steps, original and target size, and with a list of generators, one per image:
+In float32 the pixels are those of the family's plain diffusers pipeline called with the same prompts, negative prompt,
+scheduler, guidance scale, steps, original and target size (SDXL), and with a list of generators, one per image:
 `torch.Generator("cpu").manual_seed(seed)`.
 In a lower precision only the denoiser runs in it: the solver's state, the micro-conditioning and the decoder stay in
 float32, so nothing overflows (SDXL's decoder does in float16) and no step rounds the image.
@@ -20,6 +20,7 @@ import torch
 
 from builder.config import Config, SampleConfig
 from builder.errors import BuilderError
+from builder.models.families import family_of
 from builder.sampling.device import device_model, dtype_name, resolve_dtype
 from builder.sampling.prompts import PromptEmbedding, encode_prompts
 from builder.sampling.schedulers import make_scheduler
@@ -76,7 +77,7 @@ class _Condition:
 class Sampler:
     """Draws images of given seeds from a pipeline.
 
-    pipeline: a StableDiffusionXLPipeline. prompts: prompt by phase code. original_sizes: sides (px) of the training
+    pipeline: of any family. prompts: prompt by phase code. original_sizes: sides (px) of the training
     crops by phase code, e.g. quantiles; an image is conditioned on entry `seed % len` of its phase's, or on its own
     size where there are none. device: a torch device. dtype: of the denoiser; None resolves `config.dtype`.
 
@@ -99,6 +100,7 @@ class Sampler:
         self.original_sizes = original_sizes
         self.device = torch.device(device)
         self.dtype = dtype or resolve_dtype(config.dtype, device)
+        self._family = family_of(pipeline)
         self._scheduler_config = dict(pipeline.scheduler.config)
         make_scheduler(config.scheduler, self._scheduler_config)  # refuse an unknown name now, not at the first batch
         self._shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -178,7 +180,9 @@ class Sampler:
     def _condition(self, embeddings: Sequence[PromptEmbedding], sizes: Sequence[int], dtype: torch.dtype) -> _Condition:
         hidden = torch.stack([embedding.hidden for embedding in embeddings]).to(dtype)
         pooled = torch.stack([embedding.pooled for embedding in embeddings]).to(dtype)
-        return _Condition(hidden, added_conditioning(pooled, sizes, self.config.size))
+        # A phase's crops are squares cut whole: their top and left are 0.
+        squares, target = [(side, side) for side in sizes], (self.config.size, self.config.size)
+        return _Condition(hidden, self._family.conditioning(pooled, squares, [(0, 0)] * len(sizes), target))
 
     def _denoise(
         self, noise: torch.Tensor, conditions: tuple[_Condition, _Condition], dtype: torch.dtype
@@ -221,16 +225,6 @@ class Sampler:
         else:
             latents = latents / config.scaling_factor
         return self._vae.decode(latents, return_dict=False)[0]
-
-
-def added_conditioning(pooled: torch.Tensor, original_sizes: Sequence[int], size: int) -> dict[str, torch.Tensor]:
-    """What the SDXL family's denoiser gets beside the token states: here families differ.
-
-    Micro-conditioning (Podell 2023): original height and width, top and left of the crop, target height and width, in
-    px. A phase's crops are squares cut whole, so top and left are 0.
-    """
-    time_ids = [[side, side, 0, 0, size, size] for side in original_sizes]
-    return {"text_embeds": pooled, "time_ids": torch.tensor(time_ids, dtype=torch.float32, device=pooled.device)}
 
 
 def to_pixels(decoded: torch.Tensor) -> np.ndarray:
