@@ -578,6 +578,12 @@ def test_older_manifests_without_a_column_are_refused(builder, gated: Dataset) -
     assert "builder score" in result.output
 
 
+def test_a_dataset_is_not_filtered_into_itself(builder, gated: Dataset) -> None:
+    result = builder("filter", "clinic", "--name", "clinic")
+    assert result.code == 2
+    assert "cannot be 'clinic' itself" in result.output
+
+
 def test_help_names_every_score_once_and_imports_no_torch(gated: Dataset) -> None:
     script = "import sys, builder.cli; sys.argv = {}\ntry: builder.cli.main()\nexcept SystemExit: pass\n"
     for words in (["builder", "filter", "--help"], ["builder", "filter", "clinic", "--keep-hard", "0.1", "--balance"]):

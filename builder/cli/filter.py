@@ -209,7 +209,7 @@ def gates_in_use(
     from builder.quality.gates import gate_ranges
     from builder.shards.criteria import Range
 
-    remedy = f"run `builder score {source.name} --against REAL`, or filter with --no-gates"
+    remedy = f"run `builder score {source.name} --against REAL`; `builder filter --no-gates` does without"
     gates: list[Range] = []
     if sanity:
         if reference is None:

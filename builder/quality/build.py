@@ -47,10 +47,14 @@ def build_reference(
     extractor = load_extractor(config.features, device=device)
     crops = TrainingCrops(real, codes, extractor, image_size)
     reference, left_out = _protocol(crops, config)
-    with tqdm(desc=f"reference from {real.name}", total=_images(crops), unit="image", disable=not progress) as bar:
+    salt = f"reference/{config.panel_seed}"
+    known = _known_images(crops, salt)
+    total = sum(row["split"] is not None for row in real.table(["split"]).to_pylist())
+    total += sum(min(REAL_CROPS, len(rows)) for rows in crops.rows.values())
+    total += sum(len(rows) for kinds in known.values() for rows in kinds.values())
+    with tqdm(desc=f"reference from {real.name}", total=total, unit="image", disable=not progress) as bar:
         reference = replace(reference, copy=_calibrate(crops, device, bar))
         scorer = Scorer(reference, real, config, device, crops=crops, leave_out=True)
-        salt = f"reference/{config.panel_seed}"
         real_rows = {code: _real_rows(scorer, crops, code, left_out, salt, bar) for code in codes}
         reference = replace(
             reference,
@@ -58,7 +62,11 @@ def build_reference(
             gates={code: _gates(crops, code, real_rows[code], salt) for code in codes},
         )
         scorer.reference = reference
-        return replace(reference, yardstick=_yardsticks(scorer, crops, salt, bar))
+        yardstick = {
+            code: {kind: _yardstick(scorer, crops, code, kind, rows, bar) for kind, rows in kinds.items()}
+            for code, kinds in known.items()
+        }
+        return replace(reference, yardstick=yardstick)
 
 
 def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, Scores]:
@@ -95,13 +103,6 @@ def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, Sco
     panels = {code: panel_rows(crops.rows[code], reference, code, reserves=False) for code in crops.codes}
     keys = {code: [row["key"] for row in own] for code, own in panels.items()}
     return replace(reference, panel=keys, panel_sha256=panel_sha256(panels)), left_out
-
-
-def _images(crops: TrainingCrops) -> int:
-    """How many images are looked at; a few less where a phase has few held-out crops."""
-    split = sum(row["split"] is not None for row in crops.real.table(["split"]).to_pylist())
-    scale = sum(min(REAL_CROPS, len(rows)) for rows in crops.rows.values())
-    return split + scale + len(crops.codes) * (HELD_OUT_CROPS + (1 + len(SPOILS)) * SPOILT_CROPS)
 
 
 def _calibrate(crops: TrainingCrops, device: str, bar: Any) -> dict[str, Any]:
@@ -141,20 +142,23 @@ def _gates(crops: TrainingCrops, code: str, rows: list[dict[str, Any]], salt: st
     return make_gates(rows, spoilt, len(set(crops.patients[code])))
 
 
-def _yardsticks(scorer: Scorer, crops: TrainingCrops, salt: str, bar: Any) -> dict[str, dict[str, Rows]]:
-    """Phase -> kind -> rows of scores of held-out crops, and of what they become when spoilt or given another phase."""
+def _known_images(crops: TrainingCrops, salt: str) -> dict[str, dict[str, Rows]]:
+    """Phase -> kind of yardstick -> the held-out crops that it is made of."""
     held_out = rows_by_phase(crops.real, crops.real.classes.codes, ("val", "test"))
-    chosen = {code: [crops.crop(row) for row in spread(own, HELD_OUT_CROPS, salt)] for code, own in held_out.items()}
+    chosen = {code: spread(own, HELD_OUT_CROPS, salt) for code, own in held_out.items()}
+    share = -(-SPOILT_CROPS // max(1, len(chosen) - 1))
     found: dict[str, dict[str, Rows]] = {}
     for code in crops.codes:
-        own = chosen[code]
-        few = own[:SPOILT_CROPS]
-        share = -(-SPOILT_CROPS // max(1, len(chosen) - 1))
-        wrong = [crop for other, theirs in chosen.items() if other != code for crop in theirs[:share]]
-        kinds = {"real": own, "wrong phase": wrong[:SPOILT_CROPS]}
-        kinds |= {kind: [spoil(crop) for crop in few] for kind, spoil in SPOILS.items()}
-        found[code] = {kind: _scored(scorer, images, code, None, bar) for kind, images in kinds.items()}
+        others = [row for other, theirs in chosen.items() if other != code for row in theirs[:share]]
+        few = chosen[code][:SPOILT_CROPS]
+        found[code] = {"real": chosen[code], "wrong phase": others[:SPOILT_CROPS], **dict.fromkeys(SPOILS, few)}
     return found
+
+
+def _yardstick(scorer: Scorer, crops: TrainingCrops, code: str, kind: str, rows: Rows, bar: Any) -> Rows:
+    """Scores of held-out crops as images of a phase, as they are or spoilt."""
+    images = [crops.crop(row) for row in rows]
+    return _scored(scorer, [SPOILS[kind](image) for image in images] if kind in SPOILS else images, code, None, bar)
 
 
 def _scored(

@@ -69,6 +69,8 @@ def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, v
 
     What an interrupted run of any filter over `dataset` left may be made anew.
     """
+    if target.name == dataset.name:
+        raise BuilderError(f"the filtered dataset cannot be '{dataset.name}' itself", "choose another --name")
     if not target.exists():
         return False
     info, source = target.info, dataset.info
