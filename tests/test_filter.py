@@ -330,8 +330,8 @@ def test_a_filter_overwrites_nothing_but_its_own_leftovers(scored: Dataset) -> N
     scored.write_info(scored.info | {"state": "partial"})
     Dataset("job", scored.storage).write_info(scored.info | {"name": "job"})
     criteria = Criteria((Range("ssim", low=0.7),))
-    for name in ("job", "clinic"):
-        with pytest.raises(BuilderError, match=f"'{name}' exists"):
+    for name, said in (("job", "'job' exists"), ("clinic", "'clinic' itself")):
+        with pytest.raises(BuilderError, match=said):
             made(scored, criteria, name)
     good = made(scored, Criteria(), "good")
     good.write_info(good.info | {"state": "partial"})  # as an interrupted filter leaves it
