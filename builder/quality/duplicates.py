@@ -24,21 +24,19 @@ def mark_duplicates(dataset: Dataset, threshold: float, *, progress: bool = True
     """
     rows = dataset.table(["key", "phase", "sha256", "shard", "offset", "size", *COLUMNS]).to_pylist()
     found: dict[str, dict[str, Any]] = {}
-    with tqdm(desc=f"duplicates in {dataset.name}", unit="image", disable=not progress) as bar:
-        for code in sorted({row["phase"] for row in rows}):
-            own = [row for row in rows if row["phase"] == code]
-            first = next((place for place, row in enumerate(own) if row["duplicate_score"] is None), len(own))
-            if first < len(own):
-                keys = [row["key"] for row in own]
-                scores, earlier = find_duplicates(_pixels(dataset, own, bar), keys, first, device)
-                equal = _first_of_equal(own)
-                for key, score, other in zip(keys[first:], scores, earlier, strict=True):
-                    if equal[key] != key:  # also of flat images, whose correlation is 0
-                        score, other = 1.0, equal[key]
-                    found[key] = {
-                        "duplicate_score": float(score),
-                        "duplicate_of": other if score >= threshold else None,
-                    }
+    phases = [[row for row in rows if row["phase"] == code] for code in sorted({row["phase"] for row in rows})]
+    pending = [own for own in phases if any(row["duplicate_score"] is None for row in own)]
+    total = sum(len(own) for own in pending)
+    with tqdm(desc=f"duplicates in {dataset.name}", total=total, unit="image", disable=not progress) as bar:
+        for own in pending:
+            first = next(place for place, row in enumerate(own) if row["duplicate_score"] is None)
+            keys, equal = [row["key"] for row in own], _first_of_equal(own)
+            scores, earlier = find_duplicates(_pixels(dataset, own, bar), keys, first, device)
+            for key, score, other in zip(keys[first:], scores, earlier, strict=True):
+                if equal[key] != key:  # also of flat images, whose correlation is 0
+                    score, other = 1.0, equal[key]
+                repeated = other if score >= threshold else None
+                found[key] = {"duplicate_score": float(score), "duplicate_of": repeated}
     for number in dataset.shard_numbers() if found else []:
         table = dataset.shard_table(number)
         own = table.select(["key", *COLUMNS]).to_pylist()
