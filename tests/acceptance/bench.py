@@ -47,6 +47,7 @@ BORDER = WINDOW // 2  # px at each edge where torchmetrics' windows take in mirr
 LOOP_IMAGES, GRID_IMAGES, FULL_IMAGES = 8, 64, 16
 LARGEST_DEVIATION = 0.005
 LARGEST_SCORE_SHARE = 0.40
+LEAST_RATIO = 20  # of the panel's SSIM to the plain loop
 PART = "- "  # before the name of a scorer, whose time is part of "score"
 STAGES = ("noise and denoise", "decode", "score", "encode", "write")
 
@@ -130,6 +131,10 @@ def bench_ssim(report: Report, real: Dataset, config: Config) -> None:
     heading = f"SSIM of {config.sample.size} px crops to a panel of {len(panel)} at {size} px; deviation from the loop"
     columns = ["", "N", "ms/image", "CPU ms/image", "speed", "ssim", "ssim_mean", "ssim, mirrored borders"]
     report.table(heading, columns, table)
+    ratio = cpu["loop"] / cpu[f"stride {stride}"]
+    report.criterion(
+        f"stride {stride} is {ratio:.0f} times as fast as the loop (required >= {LEAST_RATIO})", ratio >= LEAST_RATIO
+    )
     largest = max(deviations[f"stride {stride}"][:2])
     report.criterion(
         f"stride {stride} deviates by {largest:.5f} at most from all windows within the image "
