@@ -21,12 +21,36 @@ NEGATIVE_PROMPT = (
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu 2021); targets: groups (attention, feed-forward, projection), or ends of layers' names."""
+
+    rank: int = 16
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["attention"])
+
+    def __post_init__(self) -> None:
+        _at_least(self, "model.lora", rank=1, alpha=0, dropout=0)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The network. `base` is a local diffusers folder to start from; without one, it is built from `architecture`."""
+    """The network. `base` is what to start from: a checkpoint, a diffusers folder, a .safetensors file, or a hub id.
+
+    Without a base it is built from `architecture`, which otherwise only says the sizes of a single file that are not
+    the published model's. `base_lineage: public` declares that the base saw none of this site's patients; by default
+    its lineage is what its own checkpoint.json says.
+    """
 
     family: str = "sdxl"
     base: str = ""
+    base_lineage: str = ""
+    method: str = "full"  # or lora: the denoiser stays as it is, adapters are trained
+    lora: LoraConfig = field(default_factory=LoraConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of(self, "model", method=("full", "lora"), base_lineage=("", "public"))
 
 
 @dataclass(frozen=True)
@@ -53,25 +77,54 @@ class TrainConfig:
 
     size: int = 512
     steps: int = 10_000
-    batch_size: int = 8
+    batch_size: int = 8  # images of an optimizer step, over all processes and accumulated passes together
+    micro_batch: int = 0  # images of one pass on one device; 0: all of a process's share. The rest is accumulated
     learning_rate: float = 3e-5
     warmup_steps: int = 500
     weight_decay: float = 0.01
+    optimizer: str = "adamw"  # or adamw8bit, which needs bitsandbytes
     grad_norm: float = 0.5
+    precision: str = "auto"  # bf16, fp16, fp32; auto: bf16 on a GPU, fp32 on a CPU. Weights are kept in float32
+    gradient_checkpointing: bool = False
     prompt_dropout: float = 0.2
     ema_decay: float = 0.999
+    ema_device: str = "device"  # or cpu: slower, and leaves the GPU the memory of one set of weights
     class_balanced: bool = True
-    flips: bool = True
+    augment: bool = True  # False: whole crops, of which the latents are cached
+    margin: list[float] = field(default_factory=lambda: [0.05, 0.15])  # around the box, share of its longer side
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.1])
+    colour_jitter: float = 0.02  # of brightness and contrast; colour is the class signal
+    flips: bool = True  # with and without `augment`
     min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    perceptual_weight: float = 0.0  # of a VGG-16 loss, which pulls towards ImageNet's looks
+    perceptual_file: str = ""  # torchvision's vgg16 weights
     checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest, beside the best
+    evaluate_every: int = 0  # steps, a multiple of checkpoint_every; 0: never
+    evaluate_images: int = 50  # generated per phase
+    monitor: str = "kd"  # figure that the best checkpoint is chosen by
+    monitor_mode: str = "auto"  # min, max; auto: as the figure is meant
+    patience: int = 0  # evaluations without a better one, after which training ends; 0: it never does
     threads: int = 1
     vae: VaeTrainConfig = field(default_factory=VaeTrainConfig)
 
     def __post_init__(self) -> None:
         _at_least(self, "train", size=8, steps=1, batch_size=1, learning_rate=0, weight_decay=0, grad_norm=0)
         _at_least(self, "train", prompt_dropout=0, ema_decay=0, min_snr_gamma=0, checkpoint_every=1)
-        _at_least(self, "train", keep_checkpoints=1, threads=1)
+        _at_least(self, "train", keep_checkpoints=1, threads=1, micro_batch=0, noise_offset=0, perceptual_weight=0)
+        _at_least(self, "train", colour_jitter=0, evaluate_every=0, evaluate_images=2, patience=0)
+        _range(self, "train", margin=0.0, scale=0.1)
+        _one_of(
+            self, "train", optimizer=("adamw", "adamw8bit"), precision=("auto", "bf16", "fp16", "fp32"),
+            ema_device=("device", "cpu"), monitor_mode=("auto", "min", "max"),
+        )  # fmt: skip
+        if self.evaluate_every % self.checkpoint_every:
+            raise BuilderError(
+                f"train.evaluate_every {self.evaluate_every} is not a multiple of checkpoint_every "
+                f"{self.checkpoint_every}",
+                "only checkpoints are evaluated",
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +192,7 @@ class Config:
     checkpoint: str = "demo"
     real: str = "phantom"
     seed: int = 0
+    allow_leak: str = ""  # the reason to go on where held-out patients may have been seen; recorded with what is made
     model: ModelConfig = field(default_factory=ModelConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -284,6 +338,22 @@ def _at_least(section: Any, name: str, **least: float) -> None:
         value = getattr(section, key)
         if not low <= value < math.inf:
             raise BuilderError(f"{name}.{key} is {value}", f"it must be a number of at least {low}")
+
+
+def _one_of(section: Any, name: str, **allowed: tuple[str, ...]) -> None:
+    for key, values in allowed.items():
+        value = getattr(section, key)
+        if value not in values:
+            raise BuilderError(f"unknown {name}.{key} '{value}'", did_you_mean(value, [v for v in values if v]))
+
+
+def _range(section: Any, name: str, **least: float) -> None:
+    """Refuse what is not a pair of numbers, the lower one first and at least so large."""
+    for key, low in least.items():
+        value = getattr(section, key)
+        numbers = [v for v in value if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        if len(value) != 2 or len(numbers) != 2 or not low <= numbers[0] <= numbers[1] < math.inf:
+            raise BuilderError(f"{name}.{key} is {value}", f"it must be two numbers from {low} up, the lower one first")
 
 
 def _number(text: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builder.phases import HEALING_PHASES
+from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
@@ -27,15 +27,18 @@ def textured(seed: int, size: int = 64) -> np.ndarray:
     return np.clip(picture + tint, 1, 254).astype(np.uint8)
 
 
-def write_real(root: Path, name: str = "clinic", per_phase: int = 12, size: int = 64, codes: str = "IPR") -> Dataset:
+def write_real(
+    root: Path, name: str = "clinic", per_phase: int = 12, size: int = 64, codes: str = "",
+    classes: ClassTable = HEALING_PHASES,
+) -> Dataset:  # fmt: skip
     """A real dataset of textured crops: six patients a phase, of which four train, one validates and one tests."""
     storage = Storage(root)
     samples = []
-    for code in codes:
+    for code in codes or classes.codes:
         for index in range(per_phase):
             pixels = textured(1000 * ord(code) + index, size)
             patient = index % 6
-            row = image_row(f"{name}-{code}-{index:08d}", code, HEALING_PHASES.label(code), "real", pixels) | {
+            row = image_row(f"{name}-{code}-{index:08d}", code, classes.label(code), "real", pixels) | {
                 "patient": f"{ord(code):02x}{patient:030x}",
                 "split": ("train", "train", "train", "train", "val", "test")[patient],
                 "source": f"{code}{index}.jpg",
@@ -50,7 +53,7 @@ def write_real(root: Path, name: str = "clinic", per_phase: int = 12, size: int 
     dataset.write_info(
         {
             "name": name, "state": "complete", "origin": "real", "created": "2026-01-01T00:00:00+00:00",
-            "classes": HEALING_PHASES.to_json(), "count": len(samples), "config": {}, "parent": None,
+            "classes": classes.to_json(), "count": len(samples), "config": {}, "parent": None,
             "lineage": {"known": True, "key_fingerprint": "test", "patients": []},
             "licence": {"base": None, "data": "CC0"},
         }

@@ -344,7 +344,7 @@ def test_weights_of_another_shape_are_refused_with_the_layer(builder, made: Path
         (["filter", "--min-ssim"], ["requires an argument"]),
         (["filter", "--max-ssim", "inf"], ["needs a number"]),
         (["filter", "--min-ssim", "0.7", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),
-        (["filter", "--no-gates", "--name", "tiny-IPR"], ["'tiny-IPR' exists", "--name"]),
+        (["filter", "--no-gates", "--name", "tiny-IPR"], ["cannot be 'tiny-IPR' itself", "--name"]),
         (["filter", "--where", "nope ="], ["no condition over the manifest"]),
         (["filter", "clinic"], ["never scored", "builder score clinic"]),
         (["verify", "tiny-IPQ"], ["did you mean 'tiny-IPR'"]),

@@ -19,18 +19,19 @@ from hypothesis import strategies as st
 
 from builder.config import Config, ModelConfig, SampleConfig, TrainConfig, VaeTrainConfig
 from builder.errors import BuilderError
-from builder.models.checkpoint import Checkpoint, Lineage, read_checkpoint
+from builder.models.checkpoint import Lineage, read_checkpoint
 from builder.models.load import load_pipeline
 from builder.models.sdxl import build
 from builder.shards.dataset import Dataset
 from builder.shards.writer import manifest_path, write_manifest
-from builder.training import run as run_module
+from builder.training import checkpoints as checkpoints_module
 from builder.training import stage as stage_module
 from builder.training.data import CropSampler, load_crops, size_quantiles, step_generator
-from builder.training.diffusion import DiffusionObjective, Latents, Prompts, snr_weights
+from builder.training.diffusion import DiffusionObjective, Prompts, snr_weights
 from builder.training.ema import Ema, ema_decay
 from builder.training.run import train
 from builder.training.stage import Stage, TrainingInterrupted
+from builder.training.start import join_lineage
 from builder.training.vae import (
     AutoencoderObjective,
     PrincipalComponents,
@@ -39,6 +40,7 @@ from builder.training.vae import (
     scaling_factor,
     to_model,
 )
+from builder.training.views import View, WholeCrops
 from tests.conftest import write_real
 from tests.test_models import ARCHITECTURE
 
@@ -47,8 +49,8 @@ CONFIG = Config(
     name="tiny",
     model=ModelConfig(architecture=ARCHITECTURE),
     train=TrainConfig(
-        size=16, steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=2, grad_norm=1.0, min_snr_gamma=5.0,
-        checkpoint_every=3,
+        size=16, steps=6, batch_size=4, augment=False, learning_rate=1e-3, warmup_steps=2, grad_norm=1.0,
+        min_snr_gamma=5.0, checkpoint_every=3,
         vae=VaeTrainConfig(steps=4, batch_size=4, learning_rate=1e-3, warmup_steps=1),
     ),
     sample=SampleConfig(size=16, steps=2),
@@ -131,18 +133,24 @@ def test_size_quantiles() -> None:
 # -- averages, weights, schedule --------------------------------------------------------------------------------------
 
 
-def test_ema_follows_its_formula() -> None:
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_ema_follows_its_formula(on_cpu: bool) -> None:
     model = torch.nn.Linear(1, 1, bias=False)
-    average = Ema(model, decay=0.5)
+    average = Ema(list(model.parameters()), decay=0.5, on_cpu=on_cpu)
     expected = model.weight.item()
     for step in range(12):
         with torch.no_grad():
             model.weight.add_(1.0)
-        average.update(model, step)
+        average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.item()
-    assert average.model.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert average.average[0].item() == pytest.approx(expected, rel=1e-6)
     assert ema_decay(10**6, 0.999) == 0.999
+    before = model.weight.clone()
+    with average.swapped_in():
+        assert torch.equal(model.weight, average.average[0])
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before)
 
 
 def test_min_snr_weights() -> None:
@@ -181,7 +189,7 @@ def test_autoencoder_learns(clinic: Dataset) -> None:
     stage = _stage(clinic)
     losses = [stage.train_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-5:]) < 0.85 * losses[0]
-    assert all(torch.isfinite(p).all() for p in stage.ema.model.parameters())
+    assert all(torch.isfinite(p).all() for p in stage.ema.average)
 
 
 def test_losses_see_what_they_are_for() -> None:
@@ -227,17 +235,22 @@ def _diffusion(clinic: Dataset, **train_settings: Any) -> DiffusionObjective:
     crops = load_crops(clinic, 16)
     pipeline = build(ARCHITECTURE, 16, 0)
     prompts = Prompts(pipeline, [phase.prompt for phase in config.classes], "blurry", CPU)
-    latents = Latents(pipeline, crops, flips=config.train.flips, device=CPU)
-    return DiffusionObjective(pipeline, crops, latents, prompts, config.train, seed=0, device=CPU)
+    views = WholeCrops(pipeline.vae, crops, flips=config.train.flips, device=CPU)
+    return DiffusionObjective(pipeline, views, prompts, config.train, seed=0, device=CPU)
 
 
 def test_latents_hold_each_crop_and_its_mirror_image(clinic: Dataset) -> None:
-    objective = _diffusion(clinic)
-    crops, latents = objective.crops, objective.latents
-    assert len(latents.mean) == 2 * len(crops)
-    mean, _ = encode(build(ARCHITECTURE, 16, 0).vae, crops.pixels[3:4].flip(-1), CPU)
-    assert torch.allclose(latents.mean[len(crops) + 3], mean[0], atol=1e-4)
-    assert len(_diffusion(clinic, flips=False).latents.mean) == len(crops)
+    views = _diffusion(clinic).views
+    assert isinstance(views, WholeCrops)
+    assert len(views.mean) == 2 * len(views.crops)
+    mirrored = View(3, 0, 0, 16, flip=True)
+    assert torch.equal(views.pixels([mirrored])[0], views.crops.pixels[3].flip(-1))
+    mean, _ = encode(build(ARCHITECTURE, 16, 0).vae, views.crops.pixels[3:4].flip(-1), CPU)
+    assert torch.allclose(views.latents([mirrored])[0], mean, atol=1e-4)
+    unflipped = _diffusion(clinic, flips=False).views
+    assert isinstance(unflipped, WholeCrops)
+    assert len(unflipped.mean) == len(views.crops)
+    assert not any(view.flip for view in unflipped.draw(torch.arange(20), torch.Generator()))
 
 
 def test_dropped_prompts_become_unconditional(clinic: Dataset) -> None:
@@ -254,7 +267,8 @@ def test_dropped_prompts_become_unconditional(clinic: Dataset) -> None:
 
 def test_micro_conditioning_carries_the_native_size(clinic: Dataset) -> None:
     objective = _diffusion(clinic)
-    assert objective._time_ids(torch.tensor([0])).tolist() == [[24, 24, 0, 0, 16, 16]]
+    added = objective._added(objective._drawn(0).part(range(1)))
+    assert added["time_ids"].tolist() == [[24, 24, 0, 0, 16, 16]]
 
 
 class _Answer(torch.nn.Module):
@@ -272,12 +286,14 @@ def test_targets_agree_with_diffusers(clinic: Dataset, prediction: str) -> None:
     objective = _diffusion(clinic, min_snr_gamma=0.0)
     objective.prediction = prediction
     objective.network = answer = _Answer()
-    loss = objective.losses(5)["loss"]
+    loss = objective.losses(5, range(4))["loss"]
 
     random = step_generator(0, "unet", 5)
     crop = objective.sampler.batch(5, 4)
-    place = crop + torch.randint(0, 2, (4,), generator=random) * len(objective.crops)
-    mean, std = objective.latents.mean[place], objective.latents.std[place]
+    views = objective.views
+    assert isinstance(views, WholeCrops)
+    place = crop + torch.randint(0, 2, (4,), generator=random) * len(views.crops)
+    mean, std = views.mean[place], views.std[place]
     clean = (mean + std * torch.randn(mean.shape, generator=random)) * objective.scale
     noise = torch.randn(mean.shape, generator=random)
     scheduler = DDPMScheduler(
@@ -361,7 +377,7 @@ def test_killed_between_state_and_checkpoint(
     def crash(*_: Any) -> None:
         raise OSError("power cut")
 
-    monkeypatch.setattr(run_module, "save_checkpoint", crash)
+    monkeypatch.setattr(checkpoints_module, "save_checkpoint", crash)
     with pytest.raises(OSError, match="power cut"):
         train(CONFIG, clinic, tmp_path)
     monkeypatch.undo()
@@ -431,6 +447,13 @@ def test_training_goes_on_from_a_base(finished: Path, clinic: Dataset, tmp_path:
         (base / "away.json").rename(base / "checkpoint.json")
 
 
+def test_from_scratch_with_views_drawn_anew(clinic: Dataset, tmp_path: Path) -> None:
+    out = train(changed(augment=True, steps=2, margin=[0.0, 0.1]), clinic, tmp_path)
+    checkpoint = read_checkpoint(out)
+    assert set(checkpoint.original_sizes["R"]) == {10}  # frames: boxes of 8 px, and a margin of 10 %
+    assert checkpoint.base == {} and checkpoint.method == "full"
+
+
 def _with_architecture(part: str, **changes: Any) -> Config:
     architecture = {**ARCHITECTURE, part: {**ARCHITECTURE.get(part, {}), **changes}}
     return dataclasses.replace(CONFIG, model=ModelConfig(architecture=architecture))
@@ -475,7 +498,7 @@ def test_a_size_that_the_base_cannot_make_is_refused(finished: Path, clinic: Dat
 def test_lineage_is_known_when_everything_is(
     data: dict[str, Any], patients: list[str], base: Lineage | None, known: bool
 ) -> None:
-    found = run_module._lineage(data, patients, base and Checkpoint(Path("base"), lineage=base))
+    found = join_lineage(data, patients, base)
     assert found.known is known
     assert found.key_fingerprint == "k"
     assert found.patients == sorted({*patients, *(base.patients if base else [])})

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
+
+from builder.config import Config
+from builder.errors import BuilderError
+from builder.models.guards import GUARDS, Finding
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,3 +31,48 @@ def config_options(function: F) -> F:
     return click.option("--config", "source", metavar="FILE|NAME", help="A YAML file, or the name of one in configs/.")(
         function
     )
+
+
+def guard_options(function: F) -> F:
+    """--silence and --allow-leak: see builder.models.guards."""
+    function = click.option(
+        "--allow-leak", metavar="REASON", help="Go on where held-out patients may have been seen; recorded."
+    )(function)
+    return click.option(
+        "--silence", "silenced", multiple=True, type=click.Choice(list(GUARDS)), metavar="NAME",
+        help=f"Leave out a warning: {', '.join(GUARDS)}.",
+    )(function)  # fmt: skip
+
+
+def warn(findings: Iterable[Finding], silenced: Iterable[str]) -> None:
+    """Say what was found, but for what is silenced; once, where several processes run the same command."""
+    told: set[str] = set()
+    for finding in findings:
+        if finding.name in silenced or not is_first_process():
+            continue
+        click.echo(f"warning: {finding.what}", err=True)
+        if finding.name not in told:
+            click.echo(f"         {finding.why} (--silence {finding.name})", err=True)
+        told.add(finding.name)
+
+
+def require_no_leak(config: Config, leak: str | None, reason: str | None, remedy: str) -> Config:
+    """Refuse a leak without a reason (here or in the config); the config with the reason that it needs, or with none.
+
+    What is made keeps the config, and with it the reason.
+    """
+    if reason is not None and not reason.strip():
+        raise BuilderError("--allow-leak has no reason", "say why, in words: they are recorded")
+    if leak is None:
+        return replace(config, allow_leak="")
+    reason = reason or config.allow_leak
+    if not reason:
+        raise BuilderError(leak, f"its figures would flatter it: {remedy}, or give --allow-leak REASON")
+    if is_first_process():
+        click.echo(f"LEAK: {leak}; allowed, because: {reason}", err=True)
+    return replace(config, allow_leak=reason)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, of those that torchrun or accelerate launch started, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

@@ -6,13 +6,16 @@ import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.cli.options import config_options, out_option, partial_option
+from builder.cli.options import config_options, guard_options, out_option, partial_option, require_no_leak, warn
 from builder.errors import BuilderError
 from builder.phases import ClassTable
+
+if TYPE_CHECKING:
+    from builder.shards.dataset import Dataset
 
 
 @click.command()
@@ -21,7 +24,8 @@ from builder.phases import ClassTable
 @click.option("--weights", default="", metavar="I=1,P=2", help="Shares of the phases. [default: equal]")
 @config_options
 @click.option("--name", help="Name of the dataset. [default: <config>-<PHASES>]")
-@click.option("--checkpoint", metavar="NAME|DIR", help="Checkpoint to draw from. [default: the config's]")
+@click.option("--checkpoint", metavar="NAME|DIR", help="Checkpoint to draw from; of the config's run also best, "
+              "latest, epoch=30, step=1200. [default: the config's]")  # fmt: skip
 @click.option("--real", metavar="NAME|PATH", help="Real dataset for panel and gates. [default: the config's]")
 @out_option
 @click.option("--engine", default="local", show_default=True, help="Who runs the units: local (processes), inline.")
@@ -30,10 +34,12 @@ from builder.phases import ClassTable
 @click.option("--guidance", type=float, help="Guidance scale. [default: the config's]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the config's]")
 @click.option("--size", type=int, help="Image size in px. [default: the config's]")
+@guard_options
 def shards(
     phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], name: str | None,
     checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None,
     seed: int | None, guidance: float | None, steps: int | None, size: int | None,
+    silenced: tuple[str, ...], allow_leak: str | None,
 ) -> None:  # fmt: skip
     """Make COUNT synthetic crops: generate, score, write shards. Run again, it continues."""
     from builder.config import load_config
@@ -54,19 +60,25 @@ def shards(
     from builder.job.run import log_to_file, run_job
     from builder.job.spec import JobSpec
     from builder.models.checkpoint import resolve
+    from builder.models.guards import before_job, leak_of_job
     from builder.sampling.device import dtype_name, resolve_dtype
     from builder.sampling.schedulers import require_scheduler
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
 
     plan = Plan.of(codes, _weights(weights))
-    found = resolve(checkpoint or config.checkpoint)
+    found = resolve(checkpoint or config.checkpoint, run=config.checkpoint)
     if found.classes is not None:
         config.classes.require_same(found.classes, "the config", f"checkpoint '{found.name}'")
     joined = ("" if all(len(code) == 1 for code in codes) else "-").join(codes)
     dataset = Dataset(name or f"{config.name}-{joined}", Storage(out))  # refuses a bad name before anything is written
     engine_of(engine)
     require_scheduler(config.sample.scheduler)
+    against = _real_dataset(real or config.real, out, config.classes)
+    config = require_no_leak(
+        config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"
+    )
+    warn(before_job(config, found, against), silenced)
     spec = JobSpec(
         config=config,
         plan=plan,
@@ -75,7 +87,7 @@ def shards(
         checkpoint=str(found.path),
         checkpoint_sha256=found.sha256,
         dtype=dtype_name(resolve_dtype(config.sample.dtype, device_kind())),
-        real=_real_dataset(real or config.real, out, config.classes),
+        real=real or config.real,
         real_out=out,
     )
     log = log_to_file(spec)
@@ -155,8 +167,8 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _real_dataset(reference: str, out: str, classes: ClassTable) -> str:
-    """Check the real dataset; the phantom that ships with the package is made when it is asked for and not there."""
+def _real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
+    """The real dataset, checked; the phantom that ships with the package is made when it is asked for and not there."""
     from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
     from builder.shards.dataset import find_dataset
 
@@ -168,4 +180,4 @@ def _real_dataset(reference: str, out: str, classes: ClassTable) -> str:
             f"dataset '{found.name}' is not of real crops", "give --real a dataset made by `builder pack`"
         )
     classes.require_same(found.classes, "the config", f"dataset '{found.name}'")
-    return reference
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import config_options, out_option
+from builder.cli.options import config_options, guard_options, is_first_process, out_option, require_no_leak, warn
 
 
 @click.command()
@@ -18,16 +18,31 @@ from builder.cli.options import config_options, out_option
 @click.option(
     "--to", "target", type=click.Path(file_okay=False), help="Where checkpoints go. [default: checkpoints/<config>]"
 )
+@click.option("--download", is_flag=True, help="Fetch the base's weights from the hub when they are missing.")
+@guard_options
 @out_option
-def train(real: str | None, source: str | None, overrides: tuple[str, ...], target: str | None, out: str) -> None:
+def train(
+    real: str | None, source: str | None, overrides: tuple[str, ...], target: str | None, download: bool,
+    silenced: tuple[str, ...], allow_leak: str | None, out: str,
+) -> None:  # fmt: skip
     """Train a generator on packed real crops. Run again, it continues where it was."""
     from builder.config import load_config
     from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
+    from builder.models.guards import before_training, leak_of_training
     from builder.shards.dataset import find_dataset
 
     config = load_config(source or "demo", overrides)
     reference = real or config.real
     dataset = ensure_phantom(out) if reference == PHANTOM else find_dataset(reference, out)
+    warn(before_training(config, dataset), silenced)
+
+    from builder.models.source import locate
+
+    base = locate(config.model.base, download) if config.model.base else None  # what is fetched here is found below
+    config = require_no_leak(
+        config, leak_of_training(config, dataset, base), allow_leak,
+        "split by patient, and start from a base that saw no other of them (model.base_lineage=public declares that)",
+    )  # fmt: skip
 
     from builder.training.run import train as run
     from builder.training.stage import TrainingInterrupted
@@ -37,4 +52,5 @@ def train(real: str | None, source: str | None, overrides: tuple[str, ...], targ
     except TrainingInterrupted as stop:
         click.echo(stop, err=True)
         sys.exit(130)
-    click.echo(f"checkpoint: {final}")
+    if is_first_process():
+        click.echo(f"checkpoint: {final}")

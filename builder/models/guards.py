@@ -38,7 +38,7 @@ GUARDS = {
     ),
     "perceptual": (
         "its raw value is some 80 times the diffusion loss, and it pulls towards ImageNet's looks; "
-        "train.perceptual.weight=0 turns it off"
+        "train.perceptual_weight=0 turns it off"
     ),
     "prompts-differ": "the model is asked with words that it was not trained with, and answers from pretraining",
     "train-overlap": "yardsticks and figures taken from crops that were trained on flatter the generator",
@@ -76,20 +76,23 @@ class Finding:
 def before_training(config: Config, real: Dataset) -> list[Finding]:
     """What to say before a training on `real` begins."""
     findings = [*_prompts(config.classes), *_guidance(config, fine_tuned=True)]
-    if config.train.perceptual.weight > 0:
-        findings.append(Finding("perceptual", f"perceptual loss is on (weight {config.train.perceptual.weight:g})"))
+    if config.train.perceptual_weight > 0:
+        what = f"perceptual loss is on (weight {config.train.perceptual_weight:g})"
+        findings.append(Finding("perceptual", what))
     return [*findings, *_same_pixels(real)]
 
 
 def before_job(config: Config, checkpoint: Checkpoint, real: Dataset) -> list[Finding]:
     """What to say before images are drawn from `checkpoint`, with `real` behind their scores."""
+    from builder.shards.lineage import HELD_OUT, patients_of
+
     findings = [*_prompts(config.classes), *_guidance(config, fine_tuned=bool(checkpoint.classes or checkpoint.base))]
     weight = _perceptual_weight(checkpoint.config)
     if weight > 0:
         what = f"checkpoint '{checkpoint.name}' was trained with a perceptual loss (weight {weight:g})"
         findings.append(Finding("perceptual", what))
     findings += _other_prompts(config.classes, checkpoint)
-    if shared := _held_out(real) & set(checkpoint.lineage.patients):
+    if shared := patients_of(real, HELD_OUT) & set(checkpoint.lineage.patients):
         what = f"checkpoint '{checkpoint.name}' was trained on {len(shared)} patients that '{real.name}' holds out"
         findings.append(Finding("train-overlap", what))
     return [*findings, *_same_pixels(real)]
@@ -101,12 +104,12 @@ def leak_of_training(config: Config, real: Dataset, base: Checkpoint | None) -> 
     What can't be known not to leak is a leak as well. A base that the config calls public has seen no patient of
     ours, unless its own lineage says otherwise.
     """
-    from builder.shards.lineage import first_few, leak_of
+    from builder.shards.lineage import HELD_OUT, first_few, leak_of, patients_of
 
-    trained = _patients(real, ("train",))
+    trained = patients_of(real, ("train",))
     if None in trained or not (real.info.get("lineage") or {}).get("known"):
         return f"patients of '{real.name}' are unknown: those that it holds out may stand in its training split too"
-    held_out = _held_out(real)
+    held_out = patients_of(real, HELD_OUT)
     if shared := sorted(trained & held_out):
         return f"{len(shared)} patients of '{real.name}' are both trained on and held out: {first_few(shared)}"
     if base is None:
@@ -136,7 +139,7 @@ def _prompts(classes: ClassTable) -> Iterable[Finding]:
 
 def _guidance(config: Config, fine_tuned: bool) -> Iterable[Finding]:
     if fine_tuned and config.sample.guidance > MOST_GUIDANCE:
-        yield Finding("guidance", f"guidance is {config.sample.guidance:g}, with a model fine-tuned to these classes")
+        yield Finding("guidance", f"guidance is {config.sample.guidance:g}, with a model trained on these classes")
 
 
 def _other_prompts(classes: ClassTable, checkpoint: Checkpoint) -> Iterable[Finding]:
@@ -151,9 +154,8 @@ def _other_prompts(classes: ClassTable, checkpoint: Checkpoint) -> Iterable[Find
 
 def _perceptual_weight(config: Mapping[str, Any]) -> float:
     """Of the perceptual loss in the config that a checkpoint was trained with: ours, or the old system's."""
-    ours = _section(config, "train", "perceptual")
     old = _section(config, "imported", "config", "quality", "perceptual_loss")
-    weight = old.get("weight", 0) if old.get("enabled") else ours.get("weight", 0)
+    weight = old.get("weight", 0) if old.get("enabled") else _section(config, "train").get("perceptual_weight", 0)
     return float(weight) if isinstance(weight, int | float) else 0.0
 
 
@@ -167,21 +169,12 @@ def _section(config: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
 def _same_pixels(real: Dataset) -> Iterable[Finding]:
     """The same picture under two patients: a split by patient doesn't part what the patients don't tell apart."""
     pixels: dict[bool, set[str]] = {True: set(), False: set()}
-    for row in real.table(("split", "sha256")).to_pylist():
-        if row["split"]:
-            pixels[row["split"] == "train"].add(row["sha256"])
+    table = real.table(("split", "sha256"))
+    for split, sha256 in zip(table["split"].to_pylist(), table["sha256"].to_pylist(), strict=True):
+        if split:
+            pixels[split == "train"].add(sha256)
     if same := len(pixels[True] & pixels[False]):
         yield Finding("train-overlap", f"{same} held-out crops of '{real.name}' have the very pixels of training crops")
-
-
-def _held_out(real: Dataset) -> set[str | None]:
-    from builder.shards.lineage import HELD_OUT
-
-    return _patients(real, HELD_OUT)
-
-
-def _patients(real: Dataset, splits: Iterable[str]) -> set[str | None]:
-    return {row["patient"] for row in real.table(("patient", "split")).to_pylist() if row["split"] in splits}
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from builder.shards.dataset import Dataset
 
 HELD_OUT = ("val", "test")
@@ -33,8 +30,7 @@ def leak_of(
     """
     if not seen.get("known"):
         return f"the lineage of {name} is unknown: it may come from patients that '{real.name}' holds out"
-    table = real.table(("patient", "split"))
-    patients = table.filter(pc.is_in(table["split"], value_set=pa.array(list(splits))))["patient"].unique().to_pylist()
+    patients = patients_of(real, splits)
     if not patients:
         return None
     if None in patients:
@@ -45,10 +41,17 @@ def leak_of(
         return (
             f"the patients of {name} and '{real.name}' cannot be compared: {why} (fingerprints {keys[0]} and {keys[1]})"
         )
-    shared = sorted(set(patients) & set(seen.get("patients") or ()))
+    shared = sorted(patients & set(seen.get("patients") or ()))
     if not shared:
         return None
     return f"{who or name} was trained on {len(shared)} patients that '{real.name}' holds out: {first_few(shared)}"
+
+
+def patients_of(real: Dataset, splits: Sequence[str]) -> set[Any]:
+    """The keyed hashes of the patients in these splits; None among them where a sample has no patient."""
+    table = real.table(("patient", "split"))
+    rows = zip(table["patient"].to_pylist(), table["split"].to_pylist(), strict=True)
+    return {patient for patient, split in rows if split in splits}
 
 
 def first_few(patients: Sequence[str]) -> str:

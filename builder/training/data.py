@@ -1,10 +1,11 @@
-"""Training crops in memory, and the order they are drawn in: a pure function of the position, so a step is a state."""
+"""Training crops, and the order they are drawn in: a pure function of the position, so a step is a state."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ class TrainingCrops:
         return len(self.labels)
 
 
-def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
-    """All crops of the training split, resized to `size` px.
+def training_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """Manifest rows of the training split.
 
     Raises BuilderError when the dataset has no training crops, or a class has none.
     """
@@ -44,16 +45,32 @@ def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
             f"dataset '{dataset.name}' has no training crops of {', '.join(empty)}",
             "pack more photographs, or leave the class out of `classes:`",
         )
+    return rows
+
+
+def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
+    """All crops of the training split, whole, resized to `size` px. BuilderError as `training_rows`."""
+    rows = training_rows(dataset)
     reading = tqdm(dataset.images(rows), total=len(rows), desc=f"read {dataset.name}", unit="crop", leave=False)
     pixels = np.stack([resize(image, size) for _, image in reading])
-    sizes = [row["original_size"] or (row["width"], row["height"]) for row in rows]
-    patients = {row["patient"] for row in rows}
     return TrainingCrops(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         labels=torch.tensor([row["label"] for row in rows]),
-        native=torch.tensor([(height, width) for width, height in sizes]),
-        patients=[] if None in patients else sorted(patients),
+        native=torch.tensor([original_size(row)[::-1] for row in rows]),
+        patients=known_patients(rows),
     )
+
+
+def original_size(row: dict[str, Any]) -> tuple[int, int]:
+    """Width and height of a crop at its photograph's resolution, px."""
+    width, height = row["original_size"] or (row["width"], row["height"])
+    return width, height
+
+
+def known_patients(rows: list[dict[str, Any]]) -> list[str]:
+    """The patients (keyed hashes, sorted) of crops; none when any crop's is unknown."""
+    patients = {row["patient"] for row in rows}
+    return [] if None in patients else sorted(patients)
 
 
 class CropSampler:
@@ -82,10 +99,14 @@ class CropSampler:
         return self._passes[group][1][place]
 
 
+def step_seed(seed: int, *names: object) -> int:
+    """A 32-bit seed of its own for each (seed, names)."""
+    return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4], "little")
+
+
 def step_generator(seed: int, *names: object) -> torch.Generator:
     """A CPU generator of its own for each (seed, names): what is drawn at a step doesn't depend on the steps before."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.Generator().manual_seed(step_seed(seed, *names))
 
 
 def size_quantiles(native: Tensor, labels: Tensor, codes: Sequence[str], most: int = 32) -> dict[str, list[int]]:

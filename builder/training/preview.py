@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from builder.models.sdxl import Pipeline
+from builder.models.building import Pipeline
 from builder.phases import ClassTable
 from builder.sampling.sampler import Request, Sampler, to_pixels
 from builder.training.vae import encode

@@ -1,9 +1,8 @@
-"""Train a generator on the training split of a packed dataset: from scratch, or from a base folder."""
+"""Train a generator on the training split of a packed dataset: from scratch, or from a base, in full or as a LoRA."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,66 +10,70 @@ from typing import Any
 import torch
 
 from builder.config import Config, fingerprint
-from builder.errors import BuilderError
-from builder.models.checkpoint import Checkpoint, Lineage, resolve, save_checkpoint
-from builder.models.load import load_pipeline
-from builder.models.sdxl import Pipeline, build
+from builder.models.building import Pipeline
+from builder.models.checkpoint import Checkpoint
+from builder.models.families import with_parts
 from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
+from builder.training.checkpoints import Checkpoints
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
-from builder.training.diffusion import DiffusionObjective, Latents, Prompts
-from builder.training.preview import write_curve, write_reconstructions, write_samples
-from builder.training.stage import Stage, States, run_stage
+from builder.training.diffusion import Autocasting, DiffusionObjective, Perceptual, Prompts, precision_on
+from builder.training.evaluate import Evaluation
+from builder.training.log import Log
+from builder.training.perceptual import VggLoss
+from builder.training.preview import write_curve, write_reconstructions
+from builder.training.processes import Processes
+from builder.training.stage import Means, Stage, run_stage
+from builder.training.start import Start, join_lineage, make_trainable, narrow_frozen, start
+from builder.training.states import States
 from builder.training.vae import AutoencoderObjective, encode, scaling_factor
+from builder.training.views import AugmentedCrops, Views, WholeCrops
 
 SHOWN = 12  # crops in the picture of reconstructions
-FREE_KEYS = ("steps", "checkpoint_every", "keep_checkpoints", "threads", "vae")  # of train: no state depends on them
+FREE_KEYS = (  # of train: no state depends on them
+    "steps", "checkpoint_every", "keep_checkpoints", "threads", "vae", "micro_batch", "gradient_checkpointing",
+    "ema_device", "evaluate_every", "evaluate_images", "monitor", "monitor_mode", "patience", "perceptual_file",
+)  # fmt: skip
 
 
 def train(
-    config: Config, dataset: Dataset, out: Path, *, resume: bool = True, device: str | torch.device | None = None
-) -> Path:
+    config: Config, dataset: Dataset, out: Path, *, resume: bool = True, device: str | torch.device | None = None,
+    download: bool = False,
+) -> Path:  # fmt: skip
     """Train as `config.model` and `config.train` say and return the last checkpoint's folder, OUT/step-XXXXXX.
 
-    In OUT: checkpoints (diffusers folders of the averaged weights, with checkpoint.json), state/ (resume states),
-    log.jsonl, samples/step-XXXXXX.png, reconstructions.png, loss.png. The same command again continues from the last
-    state and gives the weights of an uninterrupted run; a larger `train.steps` extends it. `resume=False` starts anew.
+    In OUT: checkpoints (diffusers folders, or adapters, of the averaged weights, with checkpoint.json), history.json,
+    state/ (resume states), log.jsonl, samples/step-XXXXXX.png, reconstructions.png, loss.png. The same command again
+    continues from the last state and gives the weights of an uninterrupted run; a larger `train.steps` extends it.
+    `resume=False` starts anew. Started by torchrun, each process takes its share of every step's batch.
+    `download`: fetch a base from the hub when it isn't here.
 
     Raises BuilderError for a dataset that can't be trained on or a state of another configuration, and
     stage.TrainingInterrupted after SIGINT or SIGTERM, once the state is saved.
     """
     config.classes.require_same(dataset.classes, "the config", f"dataset '{dataset.name}'")
-    if resume is False:
-        shutil.rmtree(out / "state", ignore_errors=True)
-        (out / "log.jsonl").unlink(missing_ok=True)
     torch.set_num_threads(config.train.threads)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    out.mkdir(parents=True, exist_ok=True)
-
-    crops = load_crops(dataset, config.train.size)
-    pipeline, base = _start(config)
-    if not config.model.base:
-        _train_vae(pipeline, config, dataset, crops, out, where)
-    return _train_unet(pipeline, config, dataset, crops, base, out, where)
-
-
-def _start(config: Config) -> tuple[Pipeline, Checkpoint | None]:
-    if config.model.family != "sdxl":
-        raise BuilderError(f"unknown model family '{config.model.family}'", "the families are: sdxl")
-    if config.model.base:
-        base = resolve(config.model.base)
-        pipeline = load_pipeline(base.path)
-        shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        if config.train.size % shrink:
-            raise BuilderError(
-                f"train.size {config.train.size} is not a multiple of the autoencoder's {shrink}", "choose another size"
-            )
-        return pipeline, base
-    if not config.model.architecture:
-        raise BuilderError("the config has neither model.base nor model.architecture", "start from configs/demo.yaml")
-    if config.train.vae.steps < 1:
-        raise BuilderError("a model from scratch needs its autoencoder trained", "set train.vae.steps")
-    return build(config.model.architecture, config.train.size, config.seed), None
+    processes = Processes(device)
+    if processes.first:
+        if resume is False:
+            shutil.rmtree(out / "state", ignore_errors=True)
+            (out / "log.jsonl").unlink(missing_ok=True)
+            (out / "history.json").unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    begin = start(config, download=download)
+    log = Log(out / "log.jsonl" if processes.first else None)
+    crops = None
+    if begin.base is None or not config.train.augment:
+        crops = load_crops(dataset, config.train.size)
+    if begin.base is None and crops is not None:
+        _train_vae(begin.pipeline, config, dataset, crops, out, log, processes)
+    final = _train_unet(begin, config, dataset, crops, out, log, processes)
+    log.close()
+    if processes.first:
+        write_curve(out / "log.jsonl", out / "loss.png")
+    processes.wait()
+    return final
 
 
 def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -78,29 +81,33 @@ def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     plain = config.to_json()
     return {
         "seed": config.seed,
-        "model": plain["model"],
+        "model": {key: plain["model"][key] for key in ("family", "architecture")},
         "size": config.train.size,
         "data": [dataset.info.get("fingerprint"), dataset.info.get("count")],
         "vae": {key: value for key, value in plain["train"]["vae"].items() if key != "steps"},
     }
 
 
-def _unet_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _unet_identity(config: Config, dataset: Dataset, begin: Start) -> dict[str, Any]:
     """What a resume state of the denoiser must agree with: its latents are those of one finished autoencoder."""
     plain = config.to_json()
     return {
         **_vae_identity(config, dataset),
         "vae": plain["train"]["vae"],
         "train": {key: value for key, value in plain["train"].items() if key not in FREE_KEYS},
+        "base": begin.named.get("sha256"),
+        "method": [plain["model"]["method"], plain["model"]["lora"] if config.model.method == "lora" else None],
         "classes": plain["classes"],
         "negative_prompt": config.sample.negative_prompt,
     }
 
 
 def _train_vae(
-    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops, out: Path, device: torch.device
-) -> None:
-    settings = config.train.vae
+    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops, out: Path, log: Log,
+    processes: Processes,
+) -> None:  # fmt: skip
+    """In every process alike; afterwards all have the first one's weights."""
+    settings, device = config.train.vae, processes.device
     objective = AutoencoderObjective(pipeline.vae, crops, settings, seed=config.seed, device=device)
     stage = Stage(
         "vae", objective, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
@@ -108,76 +115,103 @@ def _train_vae(
     )  # fmt: skip
     states = States(out / "state", fingerprint(_vae_identity(config, dataset)))
     states.restore(stage, device)
-    run_stage(stage, states, out / "log.jsonl", every=config.train.checkpoint_every)
-    pipeline.vae.load_state_dict(stage.ema.model.state_dict())
+    processes.wait()
+    run_stage(stage, states, log, every=config.train.checkpoint_every, writes=processes.first)
+    stage.ema.copy_to_parameters()
+    processes.share(pipeline.vae)
     pipeline.vae.eval().requires_grad_(False)
     scale = scaling_factor(*encode(pipeline.vae, crops.pixels[:: max(1, len(crops) // 1024)], device))
     pipeline.vae.register_to_config(scaling_factor=scale)
-    write_reconstructions(pipeline, crops.pixels[:: -(-len(crops) // SHOWN)], out / "reconstructions.png", device)
+    if processes.first:
+        write_reconstructions(pipeline, crops.pixels[:: -(-len(crops) // SHOWN)], out / "reconstructions.png", device)
 
 
 def _train_unet(
-    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops,
-    base: Checkpoint | None, out: Path, device: torch.device,
+    begin: Start, config: Config, dataset: Dataset, crops: TrainingCrops | None, out: Path, log: Log,
+    processes: Processes,
 ) -> Path:  # fmt: skip
-    settings = config.train
-    codes = config.classes.codes
-    sizes = size_quantiles(crops.native, crops.labels, codes)
-    pipeline.to(device)
-    prompts = Prompts(pipeline, [phase.prompt for phase in config.classes], config.sample.negative_prompt, device)
-    latents = Latents(pipeline, crops, flips=settings.flips, device=device)
-    objective = DiffusionObjective(pipeline, crops, latents, prompts, settings, seed=config.seed, device=device)
+    settings, pipeline, device = config.train, begin.pipeline, processes.device
+    prompts = {phase.code: phase.prompt for phase in config.classes}
+    negative = config.sample.negative_prompt if begin.from_scratch else ""
+    embedded = Prompts(pipeline, list(prompts.values()), negative, device)
+    pipeline.vae.to(device)
+    perceptual: Perceptual | None = None
+    if settings.perceptual_weight:
+        perceptual = VggLoss(settings.perceptual_file, device)
+    views = _views(pipeline, config, dataset, crops, device)
+    sizes = size_quantiles(views.native, views.labels, config.classes.codes)
+    make_trainable(pipeline, config, device)
+    # Made before the first step: prompts and sampling that cannot be are refused before hours of training.
+    precision = precision_on(settings.precision, device)
+    sampler = Sampler(
+        with_parts(pipeline, unet=Autocasting(pipeline.unet, precision, device)),
+        dataclasses.replace(config.sample, size=settings.size), prompts, sizes, str(device), torch.float32,
+    )  # fmt: skip
+    pipeline.unet.train()
+    narrow_frozen(pipeline, config, device)
+    evaluation = _evaluation(config, dataset, device) if settings.evaluate_every and processes.first else None
+    objective = DiffusionObjective(
+        pipeline, views, embedded, settings, seed=config.seed, device=device, perceptual=perceptual
+    )
     stage = Stage(
         "unet", objective, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay, grad_norm=settings.grad_norm,
-        ema_decay=settings.ema_decay,
+        ema_decay=settings.ema_decay, ema_on_cpu=settings.ema_device == "cpu", optimizer=settings.optimizer,
+        loss_scaling=precision == "fp16", micro_batch=settings.micro_batch, processes=processes,
     )  # fmt: skip
-    states = States(out / "state", fingerprint(_unet_identity(config, dataset)))
+    states = States(out / "state", fingerprint(_unet_identity(config, dataset, begin)))
     states.restore(stage, device)
-    averaged = type(pipeline)(
-        **{**pipeline.components, "unet": stage.ema.model}, force_zeros_for_empty_prompt=True, add_watermarker=False
-    )
-    # Made before the first step: prompts and sampling that cannot be are refused before hours of training.
-    sampler = Sampler(
-        averaged, dataclasses.replace(config.sample, size=settings.size),
-        {phase.code: phase.prompt for phase in config.classes}, sizes, str(device), torch.float32,
+    description = _description(begin, config, dataset, views.patients, sizes, out)
+    checkpoints = Checkpoints(
+        out, config, stage, pipeline, sampler, evaluation, description, log, len(views.labels)
     )  # fmt: skip
+
+    def save(step: int) -> bool:
+        enough = checkpoints.make(step) if processes.first else False
+        processes.wait()
+        return enough
+
+    due = stage.step > 0 and (stage.step % settings.checkpoint_every == 0 or stage.step == settings.steps)
+    if processes.any(due and processes.first and not checkpoints.folder(stage.step).is_dir()):
+        save(stage.step)  # stopped between the last state and its checkpoint
+    if due:
+        stage.since = Means()
+    if not processes.any(processes.first and checkpoints.exhausted):
+        run_stage(stage, states, log, every=settings.checkpoint_every, on_checkpoint=save, writes=processes.first)
+    return checkpoints.folder(stage.step)
+
+
+def _views(
+    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops | None, device: torch.device
+) -> Views:
+    if config.train.augment or crops is None:
+        return AugmentedCrops(pipeline.vae, dataset, config.train, device)
+    return WholeCrops(pipeline.vae, crops, flips=config.train.flips, device=device)
+
+
+def _evaluation(config: Config, dataset: Dataset, device: torch.device) -> Evaluation:
+    from builder.quality.features import load_extractor
+
+    return Evaluation(dataset, config, load_extractor(config.score.features, device=str(device)))
+
+
+def _description(
+    begin: Start, config: Config, dataset: Dataset, patients: list[str], sizes: dict[str, list[int]], out: Path
+) -> Checkpoint:
+    """What checkpoint.json says of every checkpoint of the run."""
     info = dataset.info
-    description = Checkpoint(
+    return Checkpoint(
         out,
         family=config.model.family,
+        method=config.model.method,
+        base=begin.named,
         classes=config.classes,
         prompts={phase.code: phase.prompt for phase in config.classes},
         original_sizes=sizes,
-        lineage=_lineage(info.get("lineage", {}), crops.patients, base),
+        lineage=join_lineage(info.get("lineage", {}), patients, begin.lineage),
         config=config.to_json(),
         licence={
-            "base": base.licence.get("base", "unknown") if base else "none (from scratch)",
+            "base": begin.base.licence.get("base", "unknown") if begin.base else "none (from scratch)",
             "data": info.get("licence", {}).get("data", ""),
         },
     )
-
-    def save(step: int) -> None:
-        target = out / f"step-{step:06d}"
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        save_checkpoint(averaged, dataclasses.replace(description, path=target, step=step, created=created))
-        write_samples(sampler, config.classes, out / "samples" / f"step-{step:06d}.png")
-        for old in sorted(out.glob("step-??????"))[: -settings.keep_checkpoints]:
-            shutil.rmtree(old)
-
-    if stage.step == settings.steps and not (out / f"step-{stage.step:06d}").is_dir():
-        save(stage.step)  # stopped between the last state and its checkpoint
-    run_stage(stage, states, out / "log.jsonl", every=settings.checkpoint_every, on_checkpoint=save)
-    write_curve(out / "log.jsonl", out / "loss.png")
-    return out / f"step-{stage.step:06d}"
-
-
-def _lineage(data: dict[str, Any], patients: list[str], base: Checkpoint | None) -> Lineage:
-    """The patients of these crops and of the base; unknown when either's are, or when their keys differ."""
-    key = data.get("key_fingerprint")
-    known = bool(data.get("known") and patients)
-    if base is not None:
-        comparable = base.lineage.key_fingerprint == key or not base.lineage.patients
-        known = known and base.lineage.known and comparable
-        patients = sorted({*patients, *base.lineage.patients})
-    return Lineage(known, key, patients)

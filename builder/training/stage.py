@@ -7,16 +7,12 @@ uninterrupted bit for bit (same machine, same threads).
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -25,33 +21,51 @@ from tqdm import tqdm
 
 from builder.errors import BuilderError
 from builder.training.ema import Ema
+from builder.training.log import Log
+from builder.training.processes import Processes, chunks
+from builder.training.states import States
 
-KEPT_STATES = 2
 LOG_EVERY = 20  # steps
+MOST_SKIPPED = 20  # steps in a row whose gradients overflow in fp16, before training gives up
 
 
 class Objective(Protocol):
-    """What is trained: the network, and its loss on the batch of a step."""
+    """What is trained: the network, and its loss on a part of the batch of a step."""
 
     network: nn.Module
 
-    def losses(self, step: int) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is the one that is minimised."""
+    def losses(self, step: int, part: range) -> dict[str, Tensor]:
+        """Means over the images `part` of the step's batch, by name; `loss` is the one that is minimised."""
 
 
 class Stage:
-    """A network with optimizer, learning-rate schedule and average."""
+    """A network with optimizer, learning-rate schedule and average.
+
+    Without `processes` every process computes all of it by itself. With them each takes its share of the batch, in
+    passes of at most `micro_batch` images.
+    """
 
     def __init__(
         self, name: str, objective: Objective, *, steps: int, batch_size: int, learning_rate: float,
-        warmup_steps: int, weight_decay: float, grad_norm: float, ema_decay: float,
+        warmup_steps: int, weight_decay: float, grad_norm: float, ema_decay: float, ema_on_cpu: bool = False,
+        optimizer: str = "adamw", loss_scaling: bool = False, micro_batch: int = 0, processes: Processes | None = None,
     ) -> None:  # fmt: skip
         self.name, self.objective, self.steps, self.batch_size = name, objective, steps, batch_size
         self.warmup_steps, self.learning_rate, self.grad_norm = warmup_steps, learning_rate, grad_norm
-        self.parameters = [p for p in objective.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, weight_decay=weight_decay)
-        self.ema = Ema(objective.network, ema_decay)
+        self.processes = processes
+        count, rank = (processes.count, processes.rank) if processes else (1, 0)
+        self.parts = chunks(batch_size, micro_batch, rank, count)
+        trained = {n: p for n, p in objective.network.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
+        made = make_optimizer(optimizer, self.parameters, learning_rate, weight_decay)
+        self.optimizer: Any = made
+        if processes:
+            objective.network, self.optimizer = processes.prepare(objective.network, made, len(self.parts))
+        self.ema = Ema(self.parameters, ema_decay, on_cpu=ema_on_cpu)
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=loss_scaling)
+        self.skipped = 0
         self.step = 0
+        self.since = Means()  # the last checkpoint
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine down to 0 at the last step."""
@@ -61,73 +75,88 @@ class Stage:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def train_step(self) -> dict[str, float]:
+        """One optimizer step; the means of its losses over the whole batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
-        losses = self.objective.losses(self.step)
-        losses["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_norm)
-        if not torch.isfinite(norm):
+        means: dict[str, float] = {}
+        for part in self.parts:
+            with self.processes.accumulating(self.objective.network) if self.processes else nullcontext():
+                losses = self.objective.losses(self.step, part)
+                self._backward(losses["loss"], len(part))
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.item() * (len(part) / self.batch_size)
+        if self.processes:
+            means = dict(zip(means, self.processes.sums(list(means.values())), strict=True))
+        means["grad_norm"] = self._update()
+        self.step += 1
+        return means
+
+    def _backward(self, loss: Tensor, images: int) -> None:
+        """Gradients of the mean over the whole batch: parts differ in size by an image where it cannot be shared."""
+        if not self.processes:
+            self.scaler.scale(loss).backward()
+            return
+        total = len(self.parts) * self.processes.count
+        self.processes.backward(self.scaler.scale(loss * (images * total / self.batch_size)))
+
+    def _update(self) -> float:
+        """Clip the gradients and take the step; the norm they had."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_norm).item()
+        finite = math.isfinite(norm)
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped > (MOST_SKIPPED if self.scaler.is_enabled() else 0):
             raise BuilderError(
                 f"the {self.name} loss is not finite at step {self.step}",
                 "lower the learning rate; run again to go on from the last state",
             )
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.objective.network, self.step)
-        self.step += 1
-        return {**{name: value.item() for name, value in losses.items()}, "grad_norm": norm.item()}
+        if finite:
+            self.ema.update(self.step)
+        return norm if finite else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "network": self.objective.network.state_dict(),
-            "ema": self.ema.model.state_dict(),
+            "skipped": self.skipped,
+            "since": [self.since.sums, self.since.count],
+            "network": dict(zip(self.names, [p.detach() for p in self.parameters], strict=True)),
+            "ema": dict(zip(self.names, self.ema.average, strict=True)),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.objective.network.load_state_dict(state["network"])
-        self.ema.model.load_state_dict(state["ema"])
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                parameter.copy_(state["network"][name])
+        self.ema.load([state["ema"][name] for name in self.names])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.scaler.load_state_dict(state["scaler"])
+        self.since.sums, self.since.count = state["since"]
+        self.step, self.skipped = state["step"], state["skipped"]
 
 
-class States:
-    """The resume states of a run: OUT/state/STAGE-00001000.pt, written whole, the last two of each stage kept."""
+def make_optimizer(
+    name: str, parameters: list[nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019), or with its moments in 8 bits (Dettmers 2022).
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-
-    def _files(self, stage: str) -> list[Path]:
-        return sorted(
-            path for path in self.folder.glob(f"{stage}-*.pt") if re.fullmatch(rf"{stage}-\d{{8}}\.pt", path.name)
-        )
-
-    def save(self, stage: Stage) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / f"{stage.name}-{stage.step:08d}.pt"
-        part = target.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save({"fingerprint": self.fingerprint, **stage.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-        for old in self._files(stage.name)[:-KEPT_STATES]:
-            old.unlink()
-
-    def restore(self, stage: Stage, device: torch.device) -> bool:
-        """Continue from the newest state, if there is one. BuilderError when it is of another configuration."""
-        files = self._files(stage.name)
-        if not files:
-            return False
-        state = torch.load(files[-1], map_location=device, weights_only=True)
-        if state["fingerprint"] != self.fingerprint:
-            raise BuilderError(
-                f"{files[-1]} was made with another model, data, or training configuration",
-                "train into another folder, or remove this one to start anew",
-            )
-        stage.load_state_dict(state)
-        return True
+    BuilderError for the latter without its package.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise BuilderError(
+            f"train.optimizer adamw8bit needs the package bitsandbytes: {error}",
+            "pip install bitsandbytes, or set train.optimizer to adamw",
+        ) from None
+    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return made
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error
@@ -156,45 +185,82 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def run_stage(
-    stage: Stage, states: States, log: Path, *, every: int, on_checkpoint: Callable[[int], None] | None = None
-) -> None:
+    stage: Stage, states: States, log: Log, *, every: int,
+    on_checkpoint: Callable[[int], bool] | None = None, writes: bool = True,
+) -> None:  # fmt: skip
     """Train `stage` to its last step, saving a state every `every` steps, and when a signal asks to stop.
 
-    `on_checkpoint(step)` runs after each state. One line of JSON in `log` per 20 steps: stage, step, mean losses, rate.
-    Raises TrainingInterrupted after a signal.
+    `on_checkpoint(step)` runs in all processes after each state; where it says True in any, training ends.
+    Only a process that `writes` saves states, and shows how far it is. One line in `log` per 20 steps: stage, step,
+    mean losses, rate.
+    Raises TrainingInterrupted, in all processes, after a signal to any.
     """
-    bar = tqdm(total=stage.steps, initial=stage.step, desc=stage.name, unit="step", dynamic_ncols=True, smoothing=0.05)
-    sums: dict[str, float] = {}
-    started, counted = time.monotonic(), 0
-    with bar, stop_signals() as stop, log.open("a", encoding="utf-8") as file:
+    group = stage.processes
+    bar = tqdm(
+        total=stage.steps, initial=stage.step, desc=stage.name, unit="step", dynamic_ncols=True, smoothing=0.05,
+        disable=not writes,
+    )  # fmt: skip
+    lately = Means()
+    with bar, stop_signals() as asked:
         while stage.step < stage.steps:
-            for name, value in stage.train_step().items():
-                sums[name] = sums.get(name, 0.0) + value
-            counted += 1
+            losses = stage.train_step()
+            lately.add(losses)
+            stage.since.add(losses)
             bar.update()
             last = stage.step == stage.steps
-            if stage.step % LOG_EVERY == 0 or last:
-                speed = counted * stage.batch_size / (time.monotonic() - started)
-                means = {name: value / counted for name, value in sums.items()}
-                line = {
-                    "stage": stage.name,
-                    "step": stage.step,
-                    "rate": stage.rate(stage.step - 1),
-                    "images_per_s": speed,
-                    **means,
-                }
-                file.write(
-                    json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n"
-                )
-                file.flush()
-                bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.1f} images/s")
-                sums, started, counted = {}, time.monotonic(), 0
-            if stage.step % every == 0 or last or stop():
-                states.save(stage)
-                if stop() and not last:
+            stop = group.any(asked()) if group else asked()
+            if writes and (stage.step % LOG_EVERY == 0 or last):
+                bar.set_postfix_str(_log(stage, lately, log))
+                lately = Means()
+            if stage.step % every == 0 or last or stop:
+                if writes:
+                    states.save(stage)
+                if stop and not last:
+                    if group:
+                        group.wait()
                     raise TrainingInterrupted(
                         f"stopped at {stage.name} step {stage.step} of {stage.steps}; run the same command to go on"
                     )
                 if on_checkpoint:
-                    on_checkpoint(stage.step)
-                    started = time.monotonic()
+                    with lately.paused():
+                        enough = on_checkpoint(stage.step)
+                    stage.since = Means()
+                    if group.any(enough) if group else enough:
+                        if writes and lately.count:
+                            _log(stage, lately, log)
+                        return
+
+
+def _log(stage: Stage, lately: Means, log: Log) -> str:
+    """Write what the last steps lost, and say it."""
+    speed = lately.count * stage.batch_size / lately.seconds
+    means = lately.means()
+    log.write(stage.name, stage.step, {"rate": stage.rate(stage.step - 1), "images_per_s": speed, **means})
+    return f"loss {means['loss']:.4f}, {speed:.1f} images/s"
+
+
+class Means:
+    """Running means of losses, and the seconds they took."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count, self.started = 0, time.monotonic()
+
+    def add(self, losses: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.count for name, value in self.sums.items()}
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within the block does not count."""
+        began = time.monotonic()
+        yield
+        self.started += time.monotonic() - began

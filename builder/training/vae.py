@@ -93,7 +93,8 @@ class AutoencoderObjective:
         share = step / self.config.guided_steps if self.config.guided_steps else 1.0
         return min(1.0, max(0.0, 2 * (1 - share)))
 
-    def losses(self, step: int) -> dict[str, Tensor]:
+    def losses(self, step: int, part: range) -> dict[str, Tensor]:
+        """Of the whole batch: `part` is all of it."""
         random = step_generator(self.seed, "vae", step)
         pixels = self.crops.pixels[self.sampler.batch(step, self.config.batch_size)]
         flip = torch.rand(len(pixels), generator=random) < 0.5
