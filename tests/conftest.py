@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from builder.cli import main
 from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
@@ -83,3 +87,29 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_checkpoint(build(ARCHITECTURE, 16, 0), checkpoint)
     return path
+
+
+class Result:
+    """What a command line ended with: exit code, and what it printed to either stream."""
+
+    def __init__(self, code: int, output: str) -> None:
+        self.code, self.output = code, output
+
+
+@pytest.fixture
+def builder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Result]:
+    """Run a command line in this process, in the test's own folder, through the real entry point."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*words: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["builder", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        signal.signal(signal.SIGTERM, before)  # the entry point's own handler is meant for a process of its own
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out + captured.err)
+
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builder.cli import cli, main
+from builder.cli import cli
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
-from tests.conftest import textured, write_real
+from tests.conftest import Result, textured, write_real
 
 TINY = """
 name: tiny
@@ -38,28 +37,6 @@ try:
 except SystemExit as end:
     print("exit", end.code)
 """
-
-
-class Result:
-    def __init__(self, code: int, output: str) -> None:
-        self.code, self.output = code, output
-
-
-@pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run a command line in this process, in an empty working directory, through the real entry point."""
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*words: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["builder", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        signal.signal(signal.SIGTERM, before)  # the entry point's own handler is meant for a process of its own
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out + captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

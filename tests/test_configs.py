@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.cli import main
 from builder.config import Config, load_config
 from builder.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from builder.shards.dataset import find_dataset
-from tests.conftest import write_real
+from tests.conftest import Result, write_real
 from tests.reduced import WIDTHS, narrow
 
 FOLDER = Path(__file__).parents[1] / "configs"
@@ -61,23 +58,6 @@ def test_loras_differ_from_the_full_recipe_in_what_they_say() -> None:
 # -- in small ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["builder", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        assert not ended.value.code, captured.out + captured.err
-        return captured.out + captured.err
-
-    return run
-
-
 def reduced(family: str) -> Any:
     """A pipeline of the published model's layout, narrow and with one layer where that has several; random weights."""
     from builder.models.families import FAMILIES
@@ -91,13 +71,18 @@ def reduced(family: str) -> Any:
     return FAMILIES[family].build(architecture, 64, 0)
 
 
+def ran(result: Result) -> str:
+    assert not result.code, result.output
+    return result.output
+
+
 def through(builder, config: Config, small: list[str], real: str) -> dict[str, Any]:
     """Train, then draw images, by the commands of the README; dataset.json of the images."""
     settings = [word for setting in small for word in ("--set", setting)]
-    trained = builder("train", "--config", config.name, "--real", real, *settings)
+    trained = ran(builder("train", "--config", config.name, "--real", real, *settings))
     assert f"checkpoints/{config.name}/step-000002" in trained and "warning" not in trained
     words = ["--config", config.name, "--real", real, *settings, "--count", "4", "--engine", "inline"]
-    drawn = builder("shards", *words)
+    drawn = ran(builder("shards", *words))
     assert "is complete: 4 images" in drawn and "warning" not in drawn
     info: dict[str, Any] = find_dataset(f"{config.name}-{''.join(config.classes.codes)}").info
     return info

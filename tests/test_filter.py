@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.cli import main
 from builder.errors import BuilderError
 from builder.quality.reference import KINDS, Reference, save_reference
 from builder.shards.criteria import Criteria, Quantile, Range, judge
@@ -386,28 +385,6 @@ def test_a_dataset_that_grew_meanwhile_is_not_half_judged(scored: Dataset) -> No
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
-
-
-class Result:
-    def __init__(self, code: int, output: str) -> None:
-        self.code, self.output = code, output
-
-
-@pytest.fixture
-def builder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run a command line in this process, in the folder of `clinic`, through the real entry point."""
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*words: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["builder", *words])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        signal.signal(signal.SIGTERM, before)
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out + captured.err)
-
-    return run
 
 
 def keys_of(dataset: Dataset, name: str = "clinic-accepted") -> set[int]:

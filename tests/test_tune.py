@@ -21,10 +21,8 @@ from builder.quality.sets.distances import frechet_distance
 from builder.quality.sets.tune import ALL, NONE, draw, equal_sizes, make_cuts, plot_tuning, set_figures, tune
 from builder.shards.criteria import Criteria, Range, judge
 from builder.shards.dataset import Dataset
-from tests.conftest import write_real
-from tests.test_filter import Result, builder, made_up_reference, with_scores
-
-__all__ = ["builder"]  # the fixture
+from tests.conftest import Result, write_real
+from tests.test_filter import made_up_reference, with_scores
 
 GATE = (Range("sharpness", low=0.2, reason="gate"),)
 
