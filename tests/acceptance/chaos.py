@@ -98,6 +98,7 @@ def kill_the_job(root: Path, kills: int, count: int, chance: random.Random) -> N
     command = [
         sys.executable, "-m", "builder", "shards", "--count", str(count), "--name", "chaos", "--workers", "2",
         "--set", f"shards.images_per_shard={SHARD}",
+        "--allow-leak", "a small phantom holds out other patients than the checkpoint's; nothing is judged here",
     ]  # fmt: skip
     whole, chaotic = root / "whole", root / "chaotic"
     subprocess.run(
