@@ -27,7 +27,7 @@ from builder.sampling.sampler import Request, Sampler
 from builder.sampling.schedulers import make_scheduler
 from tests.reduced import WIDTHS, narrow
 from tests.test_sampling import ARCHITECTURE as SDXL_TINY
-from tests.test_sampling import PROMPTS, REQUESTS, SIZE
+from tests.test_sampling import PROMPTS, REQUESTS, SIZE, stirred
 
 TINY = {
     **SDXL_TINY,
@@ -42,18 +42,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def stirred(pipeline):
-    """Biases at 0 would hide a wrong conditioning; a last layer at scale gives contrast."""
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        for parameter in (*pipeline.unet.parameters(), *pipeline.vae.decoder.parameters()):
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    for module in (pipeline.unet, pipeline.vae):
-        module.eval()
-    return pipeline
 
 
 def tiny(name: str):

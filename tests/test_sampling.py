@@ -62,16 +62,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def tiny_pipeline():
-    pipeline = sdxl.build(ARCHITECTURE, SIZE, seed=3)
+def stirred(pipeline):
+    """Biases at 0 would hide a wrong conditioning; a last layer at scale gives contrast."""
     pipeline.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)  # biases at 0 would hide a wrong conditioning; a last layer at scale gives contrast
+        torch.manual_seed(4)
         for parameter in (*pipeline.unet.parameters(), *pipeline.vae.decoder.parameters()):
             parameter.data += 0.1 * torch.randn_like(parameter)
     for module in (pipeline.unet, pipeline.vae):
-        module.eval()  # as loading from a folder does
+        module.eval()
     return pipeline
+
+
+def tiny_pipeline():
+    return stirred(sdxl.build(ARCHITECTURE, SIZE, seed=3))
 
 
 def tiny_sampler(config=CONFIG, sizes=None, **keywords):

@@ -53,7 +53,7 @@ def build_reference(
     total += sum(min(REAL_CROPS, len(rows)) for rows in crops.rows.values())
     total += sum(len(rows) for kinds in known.values() for rows in kinds.values())
     with tqdm(desc=f"reference from {real.name}", total=total, unit="image", disable=not progress) as bar:
-        reference = replace(reference, copy=_calibrate(crops, device, bar))
+        reference = replace(reference, copy=_calibrate(crops, bar))
         scorer = Scorer(reference, real, config, device, crops=crops, leave_out=True)
         real_rows = {code: _real_rows(scorer, crops, code, left_out, salt, bar) for code in codes}
         reference = replace(
@@ -105,14 +105,13 @@ def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, Sco
     return replace(reference, panel=keys, panel_sha256=panel_sha256(panels)), left_out
 
 
-def _calibrate(crops: TrainingCrops, device: str, bar: Any) -> dict[str, Any]:
+def _calibrate(crops: TrainingCrops, bar: Any) -> dict[str, Any]:
     """The copy alarm, from every real crop of the dataset searched for among other patients' training crops."""
-    index = crops.copy_index(device)
     rows = [row for row in crops.real.table().to_pylist() if row["split"]]
     scores: list[tuple[float, str]] = []  # and whose crop; without crops that no other patient's can be compared with
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        found = index.search([crops.real.pixels(row) for row in chunk], [patient_of(row) for row in chunk])
+        found = crops.copy_index.search([crops.real.pixels(row) for row in chunk], [patient_of(row) for row in chunk])
         scores += [(score, patient_of(row)) for score, key, row in zip(*found, chunk, strict=True) if key is not None]
         bar.update(len(chunk))
     if not scores:  # one patient: what the alarm lets pass is not known

@@ -15,7 +15,7 @@ from builder.quality.features.cache import save_features
 from builder.quality.panel import patient_of
 from builder.quality.reference import Reference, save_reference
 from builder.quality.scorer import Scorer
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import Dataset, one_size
 from builder.shards.lock import exclusive
 from builder.shards.schema import SCORES, STAMP, with_columns
 from builder.shards.writer import manifest_path, write_manifest
@@ -41,9 +41,7 @@ def score_dataset(
 def _score_dataset(dataset: Dataset, real: Dataset, config: ScoreConfig, progress: bool, device: str) -> Reference:
     rows = dataset.table(["phase", "width", "height"])
     codes = [code for code in dataset.classes.codes if code in set(rows["phase"].to_pylist())]
-    sizes = set(rows["width"].to_pylist()) | set(rows["height"].to_pylist())
-    size = sizes.pop() if len(sizes) == 1 else None
-    reference = build_reference(real, config, codes, image_size=size, device=device, progress=progress)
+    reference = build_reference(real, config, codes, image_size=one_size(rows), device=device, progress=progress)
     save_reference(dataset, reference)
     scorer = Scorer(reference, real, config, device, leave_out=dataset.info["origin"] == "real")
     with tqdm(total=rows.num_rows, desc=f"scoring {dataset.name}", unit="image", disable=not progress) as bar:

@@ -24,9 +24,7 @@ from builder.shards.dataset import Dataset
 from builder.shards.schema import PERCENTILES, SCORE_NAMES
 
 Images = Sequence[np.ndarray]  # uint8 RGB [H, W, 3] each
-Patients = Sequence[
-    str | None
-]  # of each image, whose crops are left out of all that it is compared with; None: nobody's
+Patients = Sequence[str | None]  # whose crops are left out of all that each image is compared with; None: nobody's
 Rows = list[dict[str, Any]]
 KEEP = "keep the score settings, or run `builder score` to score all of it anew"
 RANKED = {field.name: field.name.removesuffix("_real_pct") for field in PERCENTILES}
@@ -79,8 +77,8 @@ class FeatureScorer:
 class CopyScorer:
     """`copy_score`, `copy_of`; see quality.copies."""
 
-    def __init__(self, crops: TrainingCrops, device: str) -> None:
-        self._index = crops.copy_index(device)
+    def __init__(self, crops: TrainingCrops) -> None:
+        self._index = crops.copy_index
 
     def score(self, images: Images, codes: Sequence[str], patients: Patients) -> Rows:
         scores, keys = self._index.search(images, patients)
@@ -114,7 +112,7 @@ class Scorer:
             PanelScorer("ssim", ssim, owners, reference.panel_size),
             self._features,
             StatisticsScorer(),
-            CopyScorer(crops, device),
+            CopyScorer(crops),
         ]
         if reference.lpips:
             lpips = PanelLPIPS(panels, size, config.lpips, device)

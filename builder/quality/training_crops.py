@@ -60,10 +60,12 @@ class TrainingCrops:
         """Phase -> the patient of each of its training crops."""
         return {code: [patient_of(row) for row in rows] for code, rows in self.rows.items()}
 
-    def copy_index(self, device: str) -> CopyIndex:
-        """All training crops of the dataset, whatever their phase."""
+    @cached_property
+    def copy_index(self) -> CopyIndex:
+        """All training crops of the dataset, whatever their phase, on the extractor's device."""
         images = [self.real.pixels(row) for row in self._every]
-        return CopyIndex(images, [row["key"] for row in self._every], [patient_of(row) for row in self._every], device)
+        keys, patients = [row["key"] for row in self._every], [patient_of(row) for row in self._every]
+        return CopyIndex(images, keys, patients, self.extractor.device)
 
     def crop(self, row: dict[str, object]) -> np.ndarray:
         """The pixels of a crop of the dataset, of any split, at `image_size`."""

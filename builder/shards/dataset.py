@@ -156,6 +156,12 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
 
+def one_size(table: pa.Table) -> int | None:
+    """The size in px of the images of manifest rows when all are squares of one size; from `width` and `height`."""
+    sizes = set(table["width"].to_pylist()) | set(table["height"].to_pylist())
+    return int(sizes.pop()) if len(sizes) == 1 else None
+
+
 def all_datasets(storage: Storage) -> list[Dataset]:
     names = [name for name in storage.list("manifests") if NAME.fullmatch(name)]
     return [dataset for dataset in (Dataset(name, storage) for name in names) if dataset.exists()]

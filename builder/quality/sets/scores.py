@@ -21,7 +21,7 @@ from builder.quality.panel import patient_of
 from builder.quality.reference import load_reference
 from builder.quality.sets.comparison import Estimate, Naming, Side, compare
 from builder.quality.sets.detect import TRAITS, traits
-from builder.shards.dataset import Dataset, resize
+from builder.shards.dataset import Dataset, one_size, resize
 from builder.shards.lineage import HELD_OUT, find_leak
 
 if TYPE_CHECKING:
@@ -76,13 +76,9 @@ def set_scores(
             f"give at least 1 image, and 0 resamples (no intervals) or at least {FEW_RESAMPLES}",
         )
     lineage = require_comparable(synthetic, real, split, allow_leak)
-    size = one_size(synthetic)
-    of_real, made = (dataset.table(NEEDED).to_pylist() for dataset in (real, synthetic))
-    reference = [row for row in of_real if row["split"] == split]
-    if not reference:
-        raise BuilderError(f"dataset '{real.name}' has no crops in its split '{split}'", "name another split")
-    held_out = {patient_of(row) for row in reference}
-    training = [row for row in of_real if row["split"] == "train" and patient_of(row) not in held_out]
+    table = synthetic.table(NEEDED)
+    size, made = one_size(table), table.to_pylist()
+    reference, training = held_out_and_training(real, split)
     there = {row["phase"] for row in (*reference, *made)}
     codes = [code for code in synthetic.classes.codes if code in there]
     by_phase = {code: _Choice.of(code, reference, made, training, max_n, seed) for code in codes}
@@ -139,11 +135,14 @@ def require_comparable(synthetic: Dataset, real: Dataset, split: str, allow_leak
     return f"LEAK: {problem}; allowed, because: {allow_leak}"
 
 
-def one_size(dataset: Dataset) -> int | None:
-    """The size in px of a dataset's images when all are squares of one size."""
-    table = dataset.table(["width", "height"])
-    sizes = set(table["width"].to_pylist()) | set(table["height"].to_pylist())
-    return int(sizes.pop()) if len(sizes) == 1 else None
+def held_out_and_training(real: Dataset, split: str) -> tuple[Rows, Rows]:
+    """The crops of the split, and training crops of other patients. BuilderError when the split is empty."""
+    rows = real.table(NEEDED).to_pylist()
+    reference = [row for row in rows if row["split"] == split]
+    if not reference:
+        raise BuilderError(f"dataset '{real.name}' has no crops in its split '{split}'", "name another split")
+    patients = {patient_of(row) for row in reference}
+    return reference, [row for row in rows if row["split"] == "train" and patient_of(row) not in patients]
 
 
 # -- what is compared with what ---------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ from tqdm import tqdm
 
 from builder.errors import BuilderError
 from builder.quality.feature_scores import unit_length
-from builder.quality.panel import patient_of
 from builder.quality.sets.comparison import Naming
 from builder.quality.sets.distances import frechet_distance, kernel_distance
 from builder.quality.sets.diversity import VendiRatio
 from builder.quality.sets.manifold import manifold_scores
-from builder.quality.sets.scores import describe, one_size, require_comparable
+from builder.quality.sets.scores import describe, held_out_and_training, require_comparable
 from builder.shards.criteria import Criteria, Range, judge
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import Dataset, one_size
 from builder.shards.filter import judge_dataset
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def tune(
     scores = list(scores) or [score for score in SCORES if score in table.column_names and _computed(table, score)]
     # Says what is wrong with the scores, once for all filters.
     judge_dataset(synthetic, Criteria(tuple(Range(score) for score in scores), gates=tuple(gates)))
-    reference, training = _real_rows(real, split)
+    reference, training = held_out_and_training(real, split)
     phases = np.array(table["phase"].to_pylist())
     there = set(phases) & {row["phase"] for row in reference} & {row["phase"] for row in training}
     codes = [code for code in synthetic.classes.codes if code in there]
@@ -161,7 +160,7 @@ def tune(
     sizes = equal_sizes(survivors, shares, limits, least)
 
     seeds = range(seed, seed + DRAWS)
-    size = one_size(synthetic)
+    size = one_size(table)
     chosen = [
         [draw(cut.accepted, phases, sizes, s) for s in seeds] if all(left[code] >= least for code in codes) else []
         for cut, left in zip(cuts, survivors, strict=True)
@@ -252,16 +251,6 @@ def plot_tuning(result: Mapping[str, Any], path: Path) -> None:
 
 def _computed(table: pa.Table, score: str) -> bool:
     return bool(table[score].null_count < table.num_rows)
-
-
-def _real_rows(real: Dataset, split: str) -> tuple[Rows, Rows]:
-    """The crops of the split, and training crops of other patients."""
-    rows = real.table().to_pylist()
-    reference = [row for row in rows if row["split"] == split]
-    if not reference:
-        raise BuilderError(f"dataset '{real.name}' has no crops in its split '{split}'", "name another split")
-    held_out = {patient_of(row) for row in reference}
-    return reference, [row for row in rows if row["split"] == "train" and patient_of(row) not in held_out]
 
 
 def _features(dataset: Dataset, rows: Rows, extractor: Extractor, size: int | None, progress: bool) -> np.ndarray:
