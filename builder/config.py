@@ -91,6 +91,7 @@ class TrainConfig:
     ema_device: str = "device"  # or cpu: slower, and leaves the GPU the memory of one set of weights
     class_balanced: bool = True
     augment: bool = True  # False: whole crops, of which the latents are cached
+    cached_views: int = 0  # of each crop, drawn and encoded once; 0: drawn anew, and encoded, at each step
     margin: list[float] = field(default_factory=lambda: [0.05, 0.15])  # around the box, share of its longer side
     scale: list[float] = field(default_factory=lambda: [0.9, 1.1])
     colour_jitter: float = 0.02  # of brightness and contrast; colour is the class signal
@@ -113,7 +114,7 @@ class TrainConfig:
         _at_least(self, "train", size=8, steps=1, batch_size=1, learning_rate=0, weight_decay=0, grad_norm=0)
         _at_least(self, "train", prompt_dropout=0, ema_decay=0, min_snr_gamma=0, checkpoint_every=1)
         _at_least(self, "train", keep_checkpoints=1, threads=1, micro_batch=0, noise_offset=0, perceptual_weight=0)
-        _at_least(self, "train", colour_jitter=0, evaluate_every=0, evaluate_images=2, patience=0)
+        _at_least(self, "train", colour_jitter=0, evaluate_every=0, evaluate_images=2, patience=0, cached_views=0)
         _range(self, "train", margin=0.0, scale=0.1)
         _one_of(
             self, "train", optimizer=("adamw", "adamw8bit"), precision=("auto", "bf16", "fp16", "fp32"),

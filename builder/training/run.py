@@ -27,7 +27,7 @@ from builder.training.stage import Means, Stage, run_stage
 from builder.training.start import Start, join_lineage, make_trainable, narrow_frozen, start
 from builder.training.states import States
 from builder.training.vae import AutoencoderObjective, encode, scaling_factor
-from builder.training.views import AugmentedCrops, Views, WholeCrops
+from builder.training.views import AugmentedCrops, DrawnAhead, Views, WholeCrops
 
 SHOWN = 12  # crops in the picture of reconstructions
 FREE_KEYS = (  # of train: no state depends on them
@@ -185,7 +185,9 @@ def _views(
     pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops | None, device: torch.device
 ) -> Views:
     if config.train.augment or crops is None:
-        return AugmentedCrops(pipeline.vae, dataset, config.train, device)
+        views = AugmentedCrops(pipeline.vae, dataset, config.train, device)
+        ahead = config.train.cached_views
+        return DrawnAhead(views, ahead, config.seed) if ahead else views
     return WholeCrops(pipeline.vae, crops, flips=config.train.flips, device=device)
 
 

@@ -1,4 +1,4 @@
-"""What the denoiser is shown of a crop: a view, cut anew at each step, or the whole crop with its latents cached.
+"""What the denoiser is shown of a crop: a view, cut anew at each step or drawn ahead and cached, or the whole crop.
 
 A frame is the square around a crop's box with the widest margin. Sampling asks for frames: their true size, cut whole
 (offset 0). A view lies within its frame; the conditioning carries the view's true size and its place in the frame.
@@ -19,7 +19,7 @@ from builder.config import TrainConfig
 from builder.crops.cut import square_around
 from builder.models.families import Pixels
 from builder.shards.dataset import Dataset, resize
-from builder.training.data import TrainingCrops, known_patients, original_size, training_rows
+from builder.training.data import TrainingCrops, known_patients, original_size, step_generator, training_rows
 from builder.training.vae import encode
 
 
@@ -163,6 +163,40 @@ class AugmentedCrops:
             sizes.append((side, side))
             offsets.append((round(view.top * frame.scale), round(left * frame.scale)))
         return sizes, offsets
+
+
+class DrawnAhead:
+    """A number of views of each crop, drawn and encoded once: a step then costs no encoding.
+
+    What is cached is the latents' distribution of one view, and the view itself, so that its place in the frame, its
+    true size and its flip go with its latents. Which view, its noise and whether its caption is dropped are drawn at
+    each step.
+    """
+
+    def __init__(self, views: AugmentedCrops, number: int, seed: int) -> None:
+        """`number`: views of each crop."""
+        self.views, self.number = views, number
+        self.labels, self.native, self.patients = views.labels, views.native, views.patients
+        crops = torch.arange(len(views.labels))
+        self.drawn = [views.draw(crops, step_generator(seed, "views", turn)) for turn in range(number)]
+        self._places = {view: place for place, view in enumerate(view for turn in self.drawn for view in turn)}
+        encoding = tqdm(self.drawn, desc="encode views", unit="pass", leave=False, disable=None)
+        encoded = [views.latents(turn) for turn in encoding]
+        self.mean, self.std = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [number * N, C, s, s]
+
+    def draw(self, crops: Tensor, random: torch.Generator) -> list[View]:
+        turns = torch.randint(0, self.number, (len(crops),), generator=random)
+        return [self.drawn[turn][crop] for turn, crop in zip(turns.tolist(), crops.tolist(), strict=True)]
+
+    def pixels(self, views: Sequence[View]) -> Tensor:
+        return self.views.pixels(views)
+
+    def latents(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
+        places = torch.tensor([self._places[view] for view in views])
+        return self.mean[places], self.std[places]
+
+    def framing(self, views: Sequence[View]) -> tuple[list[Pixels], list[Pixels]]:
+        return self.views.framing(views)
 
 
 def make_frame(row: dict[str, Any], image: np.ndarray, margin: float) -> Frame:
