@@ -19,11 +19,12 @@ def demo() -> None:
 @click.option("--patients", type=click.IntRange(1), default=233, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
-def photographs(out: str, patients: int, seed: int, workers: int) -> None:
+@click.option("--stock", is_flag=True, help="In the styles of picture libraries; see configs/stock.yaml.")
+def photographs(out: str, patients: int, seed: int, workers: int, stock: bool) -> None:
     """Render photographs, boxes.csv and labels.csv into OUT: what a user of `builder pack` has."""
     from builder.demo.phantom import write_photographs
 
-    click.echo(write_photographs(Path(out), patients=patients, seed=seed, workers=workers))
+    click.echo(write_photographs(Path(out), patients=patients, seed=seed, workers=workers, stock=stock))
 
 
 @demo.command()
@@ -37,4 +38,15 @@ def phantom(patients: int, seed: int, name: str, workers: int, out: str) -> None
     from builder.demo.phantom_dataset import ensure_phantom
 
     dataset = ensure_phantom(out, name, patients=patients, seed=seed, workers=workers)
+    click.echo(f"dataset '{dataset.name}' is complete: {dataset.info['count']:,} crops")
+
+
+@demo.command()
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
+@out_option
+def stock(workers: int, out: str) -> None:
+    """Render stock photographs and pack them: what a demo generator is pretrained on (configs/stock.yaml)."""
+    from builder.demo.phantom_dataset import ensure_stock
+
+    dataset = ensure_stock(out, workers=workers)
     click.echo(f"dataset '{dataset.name}' is complete: {dataset.info['count']:,} crops")

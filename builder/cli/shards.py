@@ -168,13 +168,11 @@ def _weights(text: str) -> dict[str, float]:
 
 
 def _real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
-    """The real dataset, checked; the phantom that ships with the package is made when it is asked for and not there."""
-    from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
+    """The real dataset, checked; the phantom, which ships with the package, is made when it isn't there."""
+    from builder.demo.phantom_dataset import ensure_demo
     from builder.shards.dataset import find_dataset
 
-    if reference == PHANTOM:
-        ensure_phantom(out)
-    found = find_dataset(reference, out)
+    found = ensure_demo(reference, out) or find_dataset(reference, out)
     if found.info["origin"] != "real":
         raise BuilderError(
             f"dataset '{found.name}' is not of real crops", "give --real a dataset made by `builder pack`"

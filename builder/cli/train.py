@@ -27,13 +27,13 @@ def train(
 ) -> None:  # fmt: skip
     """Train a generator on packed real crops. Run again, it continues where it was."""
     from builder.config import load_config
-    from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
+    from builder.demo.phantom_dataset import ensure_demo
     from builder.models.guards import before_training, leak_of_training
     from builder.shards.dataset import find_dataset
 
     config = load_config(source or "demo", overrides)
     reference = real or config.real
-    dataset = ensure_phantom(out) if reference == PHANTOM else find_dataset(reference, out)
+    dataset = ensure_demo(reference, out) or find_dataset(reference, out)
     warn(before_training(config, dataset), silenced)
 
     from builder.models.source import locate

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from builder.demo.clutter import draw_clutter
 from builder.demo.noise import generator
 from builder.demo.patients import ANGLES, Patient, make_patient, phase_of
 from builder.demo.skin import draw_limb
+from builder.demo.stock import restyle, scene_of
 from builder.demo.tissue import draw_wound
 
 BOX_COLUMNS = (
@@ -94,15 +95,18 @@ def render_photograph(patient: Patient, visit: int, angle: str) -> Photograph:
     )
 
 
-def write_photographs(out: Path, *, patients: int = 233, seed: int = 0, workers: int = 2) -> PhantomSummary:
+def write_photographs(
+    out: Path, *, patients: int = 233, seed: int = 0, workers: int = 2, stock: bool = False
+) -> PhantomSummary:
     """Writes OUT/photographs/*.jpg, OUT/boxes.csv (the old system's columns) and OUT/labels.csv.
 
+    `stock`: in the styles of picture libraries (builder.demo.stock), labelled PHASE_STYLE, of models named m001 and on.
     Patient k is the same whatever `patients` and `workers` are. The tables come last and each file appears
     whole, so that a run that was killed can simply be run again.
     """
     folder = out / "photographs"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, number, seed) for number in range(1, patients + 1)]
+    jobs = [(folder, number, seed, stock) for number in range(1, patients + 1)]
     rows: list[tuple[str | int, ...]] = []
     labels: list[tuple[str | int, ...]] = []
     with tqdm(total=patients, desc="phantom", unit="patient") as bar:
@@ -114,11 +118,12 @@ def write_photographs(out: Path, *, patients: int = 233, seed: int = 0, workers:
     _write_table(out / "boxes.csv", BOX_COLUMNS, rows)
     phases = Counter(str(label[2]) for label in labels)
     sizes = [max(int(r[10]) - int(r[8]), int(r[11]) - int(r[9])) for r in rows]
-    return PhantomSummary(patients, len({row[0] for row in rows}), {code: phases[code] for code in "IPR"}, sizes)
+    codes = sorted(phases) if stock else "IPR"
+    return PhantomSummary(patients, len({row[0] for row in rows}), {code: phases[code] for code in codes}, sizes)
 
 
 _Tables = tuple[list[tuple[str | int, ...]], list[tuple[str | int, ...]]]
-_Job = tuple[Path, int, int]
+_Job = tuple[Path, int, int, bool]
 
 
 def _map(jobs: list[_Job], workers: int) -> Iterator[_Tables]:
@@ -131,7 +136,7 @@ def _map(jobs: list[_Job], workers: int) -> Iterator[_Tables]:
 
 
 def _write_patient(job: _Job) -> _Tables:
-    folder, number, seed = job
+    folder, number, seed, stock = job
     patient = make_patient(number, seed)
     debridement = generator(*patient.seed, 303)
     rows: list[tuple[str | int, ...]] = []
@@ -140,15 +145,28 @@ def _write_patient(job: _Job) -> _Tables:
         debrided = int(debridement.random() < 0.3)
         for angle in ANGLES:
             photograph = render_photograph(patient, visit, angle)
+            if stock:
+                photograph = _in_stock(photograph, patient, visit, angle)
             name = f"p{number:03d}_a{visit + 1:02d}_{angle}.jpg"
             buffer = BytesIO()
             Image.fromarray(photograph.pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
             _write_whole(folder / name, buffer.getvalue())
             for i, box in enumerate(photograph.boxes, start=1):
                 place = (box.xmin, box.ymin, box.xmax, box.ymax)
-                rows.append((name, number, visit + 1, box.wound, debrided, "phantom", angle, i, *place))
+                who = f"m{number:03d}" if stock else number
+                rows.append((name, who, visit + 1, box.wound, debrided, "phantom", angle, i, *place))
                 labels.append((name, i, box.phase))
     return rows, labels
+
+
+def _in_stock(photograph: Photograph, patient: Patient, visit: int, angle: str) -> Photograph:
+    """The photograph in the style that its place among its patient's decides; each box bears it in its label."""
+    number = ANGLES.index(angle)
+    scene = scene_of(patient.number, visit, number)
+    first = photograph.boxes[0]
+    box = (first.xmin, first.ymin, first.xmax, first.ymax)
+    pixels = restyle(photograph.pixels, box, scene, (*patient.seed, 304, visit, number))
+    return Photograph(pixels, [replace(box, phase=f"{box.phase}_{scene}") for box in photograph.boxes])
 
 
 def _drawn_by_hand(box: tuple[int, int, int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
