@@ -98,7 +98,8 @@ class TrainConfig:
     flips: bool = True  # with and without `augment`
     min_snr_gamma: float = 0.0
     noise_offset: float = 0.0
-    perceptual_weight: float = 0.0  # of a VGG-16 loss, which pulls towards ImageNet's looks
+    perceptual_weight: float = 0.0  # of a perceptual loss, which pulls towards ImageNet's looks
+    perceptual_network: str = "vgg16"  # or efficientnet-lite0, which is installed
     perceptual_file: str = ""  # torchvision's vgg16 weights
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3  # the newest, beside the best
@@ -119,6 +120,7 @@ class TrainConfig:
         _one_of(
             self, "train", optimizer=("adamw", "adamw8bit"), precision=("auto", "bf16", "fp16", "fp32"),
             ema_device=("device", "cpu"), monitor_mode=("auto", "min", "max"),
+            perceptual_network=("vgg16", "efficientnet-lite0"),
         )  # fmt: skip
         if self.evaluate_every % self.checkpoint_every:
             raise BuilderError(
@@ -185,6 +187,23 @@ class CropsConfig:
 
 
 @dataclass(frozen=True)
+class AblationConfig:
+    """The prompt study as a grid: every (prompts, perceptual weight, method) is trained, and sampled at every guidance.
+
+    prompts: by the name of a style, a prompt for each class code; a style without any asks with the classes' own.
+    learning_rate: of a method, in place of train.learning_rate: adapters need more than whole weights.
+    pretrain: config of the base, which is trained into checkpoints/PRETRAIN first where it isn't there.
+    """
+
+    prompts: dict[str, dict[str, str]] = field(default_factory=lambda: {"minimal": {}})
+    guidance: list[float] = field(default_factory=list)
+    perceptual_weight: list[float] = field(default_factory=lambda: [0.0])
+    method: list[str] = field(default_factory=lambda: ["full"])
+    learning_rate: dict[str, float] = field(default_factory=dict)
+    pretrain: str = ""
+
+
+@dataclass(frozen=True)
 class Config:
     """One experiment, from crops to shards."""
 
@@ -200,6 +219,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as dataset.json and checkpoint.json keep it."""

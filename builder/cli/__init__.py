@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import builder
+from builder.cli.ablate import ablate
 from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
 from builder.cli.filter import filter_
@@ -41,6 +42,7 @@ def cli() -> None:
 for command in (
     pack,
     train,
+    ablate,
     checkpoint,
     shards,
     regenerate,

