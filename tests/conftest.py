@@ -39,14 +39,15 @@ def write_real(
     storage = Storage(root)
     samples = []
     for code in codes or classes.codes:
+        number = ord(code) if len(code) == 1 else 128 + classes.label(code)
         for index in range(per_phase):
-            pixels = textured(1000 * ord(code) + index, size)
+            pixels = textured(1000 * number + index, size)
             patient = index % 6
             row = image_row(f"{name}-{code}-{index:08d}", code, classes.label(code), "real", pixels) | {
-                "patient": f"{ord(code):02x}{patient:030x}",
+                "patient": f"{number:02x}{patient:030x}",
                 "split": ("train", "train", "train", "train", "val", "test")[patient],
                 "source": f"{code}{index}.jpg",
-                "box": [8.0, 8.0, size - 8.0, size - 8.0],
+                "box": [size / 8, size / 8, size * 7 / 8, size * 7 / 8],
                 "original_size": [size, size],
             }
             samples.append(Sample(row, encode_png(pixels)))

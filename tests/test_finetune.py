@@ -33,13 +33,13 @@ from builder.training.data import CropSampler, load_crops, step_generator
 from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts
 from builder.training.ema import Ema
 from builder.training.evaluate import is_exhausted, proportions
-from builder.training.perceptual import LAYERS, VggLoss
+from builder.training.perceptual import LAYERS, EfficientNetLoss, VggLoss, perceptual_loss
 from builder.training.processes import chunks
 from builder.training.run import train
 from builder.training.stage import Stage, TrainingInterrupted
 from builder.training.start import DECLARED
 from builder.training.vae import to_model
-from builder.training.views import AugmentedCrops, View, WholeCrops, make_frame
+from builder.training.views import AugmentedCrops, DrawnAhead, View, WholeCrops, make_frame
 from tests.conftest import textured, write_real
 from tests.test_models import ARCHITECTURE
 
@@ -284,6 +284,22 @@ def test_nothing_is_rotated_and_colours_stay(tmp_path: Path) -> None:
     assert not any(view.flip or view.brightness != 1 or view.contrast != 1 for view in drawn(still, 0))
 
 
+def test_views_drawn_ahead_keep_their_latents_and_framing_together(tmp_path: Path) -> None:
+    """What is cached for a view is what the autoencoder makes of that very view; and it is drawn as often as others."""
+    views, _ = boxed(tmp_path)
+    ahead = DrawnAhead(views, 3, seed=0)
+    chosen = [view for step in range(20) for view in ahead.draw(torch.arange(len(views.frames)), step_generator(0, "unet", step))]
+    of_first = {view for view in chosen if view.crop == 0}
+    assert len(of_first) == 3  # of each crop three views, all of which are met
+    assert len({view.side for view in of_first} | {(view.left, view.top) for view in of_first}) > 1
+    few = chosen[:12]
+    for cached, fresh in zip(ahead.latents(few), views.latents(few), strict=True):
+        assert torch.allclose(cached, fresh, atol=1e-5)
+    assert ahead.framing(few) == views.framing(few) and torch.equal(ahead.pixels(few), views.pixels(few))
+    again = DrawnAhead(views, 3, seed=0)
+    assert again.drawn == ahead.drawn and DrawnAhead(views, 3, seed=1).drawn != ahead.drawn
+
+
 def test_balanced_classes_by_chi_square(tmp_path: Path) -> None:
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor([29, 60, 11]))
     counts = torch.bincount(labels[CropSampler(labels, balanced=True, seed=0).batch(0, 3000)], minlength=3)
@@ -343,6 +359,19 @@ def test_perceptual_loss(bases: dict[str, Path], clinic: Dataset, tmp_path: Path
     assert losses["loss"].item() == pytest.approx(without.item() + 0.5 * losses["perceptual"].item(), rel=1e-5)
     losses["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in objective.network.parameters() if p.grad is not None)
+
+
+def test_the_perceptual_loss_of_an_installed_network(clinic: Dataset) -> None:
+    assert perceptual_loss(TrainConfig(perceptual_network="efficientnet-lite0"), CPU) is None  # off
+    loss = perceptual_loss(TrainConfig(perceptual_weight=0.1, perceptual_network="efficientnet-lite0"), CPU)
+    assert isinstance(loss, EfficientNetLoss)
+    true = to_model(load_crops(clinic, 32).pixels[:3])
+    assert torch.equal(loss(true, true), torch.zeros(3))
+    near, far = (true + step * torch.randn(true.shape, generator=step_generator(0)) for step in (0.05, 0.5))
+    near.requires_grad_(True)
+    assert (loss(near, true) < loss(far, true)).all()
+    loss(near, true).sum().backward()
+    assert near.grad is not None and near.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -374,4 +374,6 @@ def test_the_shipped_checkpoint_and_configs_are_as_advised(real: Dataset) -> Non
     demo = read_checkpoint(Path(__file__).parents[1] / "builder" / "demo" / "checkpoint")
     assert before_job(load_config("demo"), demo, real) == []
     for file in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")):
-        assert before_training(load_config(str(file)), real) == [], file
+        found = before_training(load_config(str(file)), real)
+        said = ["prompt-style", "prompt-length"] if file.stem == "stock" else []  # its captions are what is warned of
+        assert set(names(found)) == set(said), file

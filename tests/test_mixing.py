@@ -22,6 +22,7 @@ from builder.mixing.schedule import Mix, Stream, keyed_shuffle
 from builder.mixing.sources import Source
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
+from builder.shards.lineage import INVENTED
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, manifest_path, tar_path, write_manifest, write_shard
 
@@ -607,6 +608,13 @@ def test_a_leak_is_refused_or_allowed_with_a_reason(tmp_path: Path, lineage: dic
         MixedLoader("real", "synth", out=str(tmp_path))
     with pytest.warns(UserWarning, match="allowed, because: a control"):
         assert len(MixedLoader("real", "synth", out=str(tmp_path), allow_leak="a control"))
+
+
+def test_a_generator_that_saw_rendered_patients_alone_is_no_leak(tmp_path: Path) -> None:
+    make(tmp_path, "real", dict.fromkeys(CODES, 9), splits=HELD_OUT)
+    lineage = {"known": True, "key_fingerprint": INVENTED, "patients": ["p1"]}
+    make(tmp_path, "synth", dict.fromkeys(CODES, 3), origin="synthetic", lineage=lineage)
+    assert len(MixedLoader("real", "synth", out=str(tmp_path)))
 
 
 def test_held_out_samples_without_a_patient_are_refused(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from builder.config import load_config
 from builder.demo.camera import HEIGHT, WIDTH
 from builder.demo.patients import ANGLES, make_patient, phase_of
 from builder.demo.phantom import BOX_COLUMNS, LABEL_COLUMNS, Photograph, render_photograph, write_photographs
+from builder.demo.stock import SCENES
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -137,3 +140,35 @@ def test_three_angles_show_one_wound_from_three_sides() -> None:
     photographs = [render_photograph(patient, 0, angle) for angle in ANGLES]
     assert {tuple(box.phase for box in p.boxes) for p in photographs} == {(photographs[0].boxes[0].phase,)}
     assert not np.array_equal(photographs[0].pixels, photographs[1].pixels)
+
+
+def test_stock_photographs_show_the_phantoms_wounds_in_other_styles(tmp_path: Path) -> None:
+    """Smoother and more saturated than any clinic's picture, labelled by phase and style, of models of their own."""
+    clinic, stock = tmp_path / "clinic", tmp_path / "stock"
+    write_photographs(clinic, patients=2, seed=1000, workers=1)
+    summary = write_photographs(stock, patients=2, seed=1000, workers=1, stock=True)
+    assert set(summary.phases) <= {f"{phase}_{scene}" for phase in "IPR" for scene in SCENES}
+    boxes, labels = read(stock / "boxes.csv"), read(stock / "labels.csv")
+    assert {row["Patient#"] for row in boxes} == {"m001", "m002"}
+    assert [row["Xmin"] for row in boxes] == [row["Xmin"] for row in read(clinic / "boxes.csv")]
+    phases = {(row["Filename"], row["Bounding Box Number"]): row["Phase"] for row in read(clinic / "labels.csv")}
+    scenes = set()
+    for row in labels:
+        phase, _, scene = row["Phase"].partition("_")
+        assert phase == phases[row["Filename"], row["Bounding Box Number"]]
+        scenes.add(scene)
+        plain, styled = (pixels(folder / "photographs" / row["Filename"]) for folder in (clinic, stock))
+        assert np.abs(plain - styled).mean() > 8
+        if scene != "drawn":  # ink has edges
+            assert np.abs(np.diff(styled, axis=1)).mean() < np.abs(np.diff(plain, axis=1)).mean()
+    assert scenes == set(SCENES)
+
+
+def test_the_stock_config_has_a_caption_for_each_wound_and_style() -> None:
+    classes = load_config("stock").classes
+    assert set(classes.codes) == {f"{phase}_{scene}" for phase in "IPR" for scene in SCENES}
+    assert len({phase.prompt for phase in classes}) == len(classes)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(float)

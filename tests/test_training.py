@@ -18,11 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.config import Config, ModelConfig, SampleConfig, TrainConfig, VaeTrainConfig
+from builder.crops.patients import PatientKey
+from builder.demo.phantom_dataset import KEY
 from builder.errors import BuilderError
-from builder.models.checkpoint import Lineage, read_checkpoint
+from builder.models.checkpoint import Lineage, read_checkpoint, resolve
 from builder.models.load import load_pipeline
 from builder.models.sdxl import build
 from builder.shards.dataset import Dataset
+from builder.shards.lineage import INVENTED
 from builder.shards.writer import manifest_path, write_manifest
 from builder.training import checkpoints as checkpoints_module
 from builder.training import stage as stage_module
@@ -450,7 +453,7 @@ def test_training_goes_on_from_a_base(finished: Path, clinic: Dataset, tmp_path:
 def test_from_scratch_with_views_drawn_anew(clinic: Dataset, tmp_path: Path) -> None:
     out = train(changed(augment=True, steps=2, margin=[0.0, 0.1]), clinic, tmp_path)
     checkpoint = read_checkpoint(out)
-    assert set(checkpoint.original_sizes["R"]) == {10}  # frames: boxes of 8 px, and a margin of 10 %
+    assert set(checkpoint.original_sizes["R"]) == {22}  # frames: boxes of 18 px, and a margin of 10 %
     assert checkpoint.base == {} and checkpoint.method == "full"
 
 
@@ -502,6 +505,17 @@ def test_lineage_is_known_when_everything_is(
     assert found.known is known
     assert found.key_fingerprint == "k"
     assert found.patients == sorted({*patients, *(base.patients if base else [])})
+
+
+def test_rendered_patients_of_a_base_are_nobodys() -> None:
+    """Fine-tuning the shipped checkpoint on a site's own crops leaves the site's lineage."""
+    base = Lineage(True, INVENTED, ["rendered"])
+    own = join_lineage({"known": True, "key_fingerprint": "k"}, ["a"], base)
+    assert own == Lineage(True, "k", ["a"])
+    phantom = join_lineage({"known": True, "key_fingerprint": INVENTED}, ["a"], base)
+    assert phantom.patients == ["a", "rendered"]  # beside other phantoms they may well be held out
+    assert PatientKey(KEY, "").fingerprint == INVENTED
+    assert resolve("demo").lineage.key_fingerprint == INVENTED
 
 
 def test_crops_of_unknown_patients_have_no_lineage(tmp_path: Path) -> None:

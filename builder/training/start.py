@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from builder.models.families import family_named
 from builder.models.load import load_pipeline
 from builder.models.lora import add_lora
 from builder.models.source import base_of, locate
+from builder.shards.lineage import is_invented
 from builder.training.diffusion import DTYPES, precision_on
 
 DECLARED = "declared: saw none of this site's patients"
@@ -101,10 +102,13 @@ def narrow_frozen(pipeline: Pipeline, config: Config, device: torch.device) -> N
 
 
 def join_lineage(data: dict[str, Any], patients: list[str], base: Lineage | None) -> Lineage:
-    """The patients of these crops and of the base; unknown when either's are, or when their keys differ."""
+    """The patients of these crops and of the base; unknown when either's are, or when their keys differ.
+
+    Rendered patients of a base, which are nobody's, are left out where the crops' are others.
+    """
     key = data.get("key_fingerprint")
     known = bool(data.get("known") and patients)
-    if base is not None:
+    if base is not None and not (is_invented(asdict(base)) and key != base.key_fingerprint):
         comparable = base.key_fingerprint == key or not base.patients
         known = known and base.known and comparable
         patients = sorted({*patients, *base.patients})
