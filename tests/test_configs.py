@@ -85,10 +85,22 @@ def through(builder, config: Config, small: list[str], real: str) -> dict[str, A
         settings += ["--silence", "prompt-style", "--silence", "prompt-length"]
     trained = ran(builder("train", "--config", config.name, "--real", real, *settings))
     assert f"checkpoints/{config.name}/step-000002" in trained and "warning" not in trained
-    words = ["--config", config.name, "--real", real, *settings, "--count", "4", "--engine", "inline"]
+    words = [
+        "--config",
+        config.name,
+        "--real",
+        real,
+        *settings,
+        "--count",
+        "4",
+        "--engine",
+        "inline",
+        "--name",
+        "drawn",
+    ]
     drawn = ran(builder("shards", *words))
     assert "is complete: 4 images" in drawn and "warning" not in drawn
-    info: dict[str, Any] = find_dataset(f"{config.name}-{''.join(config.classes.codes)}").info
+    info: dict[str, Any] = find_dataset("drawn").info
     return info
 
 

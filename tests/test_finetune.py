@@ -288,7 +288,11 @@ def test_views_drawn_ahead_keep_their_latents_and_framing_together(tmp_path: Pat
     """What is cached for a view is what the autoencoder makes of that very view; and it is drawn as often as others."""
     views, _ = boxed(tmp_path)
     ahead = DrawnAhead(views, 3, seed=0)
-    chosen = [view for step in range(20) for view in ahead.draw(torch.arange(len(views.frames)), step_generator(0, "unet", step))]
+    chosen = [
+        view
+        for step in range(20)
+        for view in ahead.draw(torch.arange(len(views.frames)), step_generator(0, "unet", step))
+    ]
     of_first = {view for view in chosen if view.crop == 0}
     assert len(of_first) == 3  # of each crop three views, all of which are met
     assert len({view.side for view in of_first} | {(view.left, view.top) for view in of_first}) > 1
