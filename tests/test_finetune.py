@@ -36,7 +36,7 @@ from builder.training.evaluate import is_exhausted, proportions
 from builder.training.perceptual import LAYERS, EfficientNetLoss, VggLoss, perceptual_loss
 from builder.training.processes import chunks
 from builder.training.run import train
-from builder.training.stage import Stage, TrainingInterrupted
+from builder.training.stage import Stage, TrainingInterrupted, make_optimizer
 from builder.training.start import DECLARED
 from builder.training.vae import to_model
 from builder.training.views import AugmentedCrops, DrawnAhead, View, WholeCrops, make_frame
@@ -421,6 +421,28 @@ def test_optional_packages_are_used_where_they_are(
     train(config_of(bases, optimizer="adamw8bit", evaluate_every=2, evaluate_images=2), clinic, tmp_path)
     assert ("unet/loss", 4) in shown and ("unet/rate", 4) in shown
     assert ("evaluation/kd[tests.test_finetune.MeanColours]", 2) in shown
+
+
+def test_moments_in_eight_bits_resume_exactly(tmp_path: Path) -> None:
+    """With bitsandbytes itself, where it is installed: its states pass through a file that runs no code."""
+    pytest.importorskip("bitsandbytes", reason="an extra: pip install bitsandbytes")
+
+    def trained(weight: torch.Tensor, steps: int, state: dict[str, Any] | None = None) -> tuple[torch.Tensor, Any]:
+        parameter = nn.Parameter(weight.clone())  # large enough for moments of 8 bits
+        optimizer = make_optimizer("adamw8bit", [parameter], 1e-2, 0.0)
+        if state:
+            optimizer.load_state_dict(state)
+        for _ in range(steps):
+            parameter.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return parameter.detach(), optimizer.state_dict()
+
+    start = torch.randn(128, 128, generator=step_generator(0))
+    half, state = trained(start, 4)
+    torch.save(state, tmp_path / "state.pt")
+    resumed, _ = trained(half, 4, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(resumed, trained(start, 8)[0])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
