@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from builder.ablation.grid import runs_of, with_prompts
-from builder.ablation.probes import fit_probes
+from builder.ablation.probes import Pictures, fit_probes
 from builder.ablation.report import table_of
 from builder.ablation.study import Row, Study
 from builder.config import AblationConfig, load_config
@@ -82,11 +82,15 @@ def crops(count: int, seed: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     return features, rows
 
 
-def test_base_look_is_high_for_the_base_low_for_crops_and_between_for_mixtures() -> None:
+def shown(features: np.ndarray) -> Pictures:
+    return Pictures(features, [f"model {number % 12}" for number in range(len(features))])
+
+
+def test_pretraining_look_is_high_for_its_pictures_low_for_crops_and_between_for_mixtures() -> None:
     real, rows = crops(60, 0)
-    base = crops(30, 1)[0] + [0, 0, 0, 2, 0, 0]  # the base's look is the fourth column
-    probes = fit_probes(base, real, rows, HEALING_PHASES)
-    assert probes.base_look > 0.9
+    pictures = crops(30, 1)[0] + [0, 0, 0, 2, 0, 0]  # the look of pretraining is the fourth column
+    probes = fit_probes(shown(pictures), real, rows, HEALING_PHASES)
+    assert probes.pictures_look > 0.9
     held_out, _ = crops(20, 2)
     shares = []
     for share in (0.0, 0.5, 1.0):
@@ -94,7 +98,7 @@ def test_base_look_is_high_for_the_base_low_for_crops_and_between_for_mixtures()
         sides = {code: Side(images[20 * n : 20 * n + 20], [""] * 20) for n, code in enumerate("IPR")}
         judged = probes.judge(sides, ["I", "P", "R"])
         assert judged["phase_right"] > 0.9
-        shares.append(judged["base_look"])
+        shares.append(judged["pretraining_look"])
     assert shares[0] < 0.1 < 0.4 < shares[1] < 0.6 < 0.9 < shares[2]
     swapped = {"I": sides["P"], "P": sides["R"], "R": sides["I"]}
     assert probes.judge(swapped, ["I", "P", "R"])["phase_right"] < 0.1
@@ -104,18 +108,18 @@ def test_probes_need_patients_to_leave_out() -> None:
     real, rows = crops(4, 0)
     one = [{**row, "patient": "only"} for row in rows]
     with pytest.raises(BuilderError, match="an ablation needs probes"):
-        fit_probes(real, real, one, HEALING_PHASES)
+        fit_probes(shown(real), real, one, HEALING_PHASES)
 
 
 def test_the_table_has_every_setting_and_the_means_over_each_axis() -> None:
     rows = [
-        Row(style, "full", 0.0, guidance, {"base_look": look, "kd[x]": None}, "")
+        Row(style, "full", 0.0, guidance, {"pretraining_look": look, "kd[x]": None}, "")
         for style, guidance, look in (
             ("minimal", 1.0, 0.1), ("minimal", 12.0, 0.3), ("long", 1.0, 0.4), ("long", 12.0, 0.8),
         )
     ]  # fmt: skip
-    level: dict[str, float | None] = {"base_look": 0.05, "kd[x]": 0.2}
-    study = Study("s", "clinic", "base", 0, {"I": 5}, level, level, rows)
+    level: dict[str, float | None] = {"pretraining_look": 0.05, "kd[x]": 0.2}
+    study = Study("s", "clinic", "base", 0, {"I": 5}, level, level, 0.97, rows)
     lines = {line[0] if line[0].startswith("mean") else tuple(line[:4]): line[4:] for line in table_of(study)}
     assert lines["long", "full", "0", "12"] == ["0.8", "-"]
     assert lines["mean, prompts minimal"] == ["0.2", "-"] and lines["mean, prompts long"] == ["0.6", "-"]
@@ -157,14 +161,14 @@ def test_a_grid_is_trained_drawn_measured_and_reported(small: Path, builder, tmp
     settings = {(row["style"], row["method"], row["perceptual_weight"], row["guidance"]) for row in study["rows"]}
     assert len(settings) == len(study["rows"]) == 2 * 2 * 2 * 2
     names = list(study["real"])
-    assert names[:2] == ["base_look", "phase_right"] and "kd[efficientnet-lite0]" in names
+    assert names[:2] == ["pretraining_look", "phase_right"] and "kd[efficientnet-lite0]" in names
     for row in study["rows"]:
         assert set(row["figures"]) == set(names)
-        assert 0 <= row["figures"]["base_look"] <= 1 and row["figures"]["kd[efficientnet-lite0]"] is not None
+        assert 0 <= row["figures"]["pretraining_look"] <= 1 and row["figures"]["kd[efficientnet-lite0]"] is not None
         assert (folder / row["samples"]).is_file()
     # Two steps change little: what is drawn still looks as the base's images do, and not as crops do.
-    assert study["of_base"]["base_look"] > 0.8 > 0.4 > study["real"]["base_look"]
-    assert min(row["figures"]["base_look"] for row in study["rows"]) > 0.5
+    assert study["of_base"]["pretraining_look"] > 0.8 > 0.4 > study["real"]["pretraining_look"]
+    assert min(row["figures"]["pretraining_look"] for row in study["rows"]) > 0.5
     for name in ("ablation.png", "samples.png", "ablation.txt"):
         assert (folder / name).stat().st_size > 200
     assert "mean, prompts long" in said and "against the validation patients of 'phantoms'" in said
@@ -214,7 +218,7 @@ def test_the_base_is_trained_first_where_it_is_missing(small: Path, builder, tmp
         "--set", "ablation.perceptual_weight=[0.0]", "--allow-leak", "both datasets have the same six patients",
     ]  # fmt: skip
     said = ran(builder("ablate", small, *words))
-    assert "the base: training 'first'" in said
+    assert "the base: training 'first'" in said and "what it was pretrained on" in said
     assert (tmp_path / "checkpoints" / "first" / "step-000002").is_dir()
     assert "the base: training" not in ran(builder("ablate", small, *words))
 

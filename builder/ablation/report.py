@@ -18,7 +18,7 @@ AXES: dict[str, Callable[[Row], str]] = {
     "perceptual weight": lambda row: f"{row.perceptual_weight:g}",
     "guidance": lambda row: f"{row.guidance:g}",
 }
-PLOTTED = ("base_look", "phase_right", "kd", "kid", "recall")
+PLOTTED = ("pretraining_look", "phase_right", "kd", "kid", "recall")
 COLOURS, LINES, MARKERS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce"), ("-", "--", ":"), ("o", "^", "s", "D")
 
 
@@ -28,6 +28,8 @@ def table_of(study: Study) -> list[list[str]]:
     lines = [["prompts", "method", "perceptual", "guidance", *names]]
     lines.append(["real crops", "", "", "", *_numbers(study.real, names)])
     lines.append(["the base itself", "", "", "", *_numbers(study.of_base, names)])
+    shown: Figures = {"pretraining_look": study.pictures_look}
+    lines.append(["what it was pretrained on", "", "", "", *_numbers(shown, names)])
     for row in study.rows:
         setting = [row.style, row.method, f"{row.perceptual_weight:g}", f"{row.guidance:g}"]
         lines.append([*setting, *_numbers(row.figures, names)])

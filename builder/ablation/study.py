@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from builder.ablation.grid import Run, runs_of, with_prompts
-from builder.ablation.probes import Probes, fit_probes
+from builder.ablation.probes import Pictures, Probes, fit_probes
 from builder.config import Config, fingerprint
 from builder.models.checkpoint import Checkpoint, read_checkpoint
 from builder.models.load import load_pipeline
@@ -21,6 +21,7 @@ from builder.models.source import locate, weights_sha256
 from builder.phases import ClassTable
 from builder.quality.features import load_extractor
 from builder.quality.features.cache import dataset_features
+from builder.quality.panel import patient_of
 from builder.quality.sets.comparison import Side
 from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
@@ -52,7 +53,8 @@ class Study:
     """What came out.
 
     n: images of a setting by phase. real: what real crops score in their place (of set figures the floor: training
-    crops; else validation crops). of_base: the base's own images, before any fine-tuning.
+    crops; else validation crops). of_base: the base's own images, before any fine-tuning. pictures_look: the look of
+    pretraining that its own pictures have.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Study:
     n: dict[str, int]
     real: Figures
     of_base: Figures
+    pictures_look: float
     rows: list[Row]
 
     @property
@@ -80,12 +83,17 @@ class Ablation:
     """
 
     def __init__(
-        self, config: Config, dataset: Dataset, out: Path, *, device: str = "cpu", download: bool = False
-    ) -> None:
-        """BuilderError for a grid, a base or a dataset that won't do, before anything is trained."""
+        self, config: Config, dataset: Dataset, out: Path, *, pictures: Dataset | None = None, device: str = "cpu",
+        download: bool = False,
+    ) -> None:  # fmt: skip
+        """`pictures`: what the base was pretrained on, where that is at hand; see builder.ablation.probes.
+
+        BuilderError for a grid, a base or a dataset that won't do, before anything is trained.
+        """
         self.runs = runs_of(config)
         config.classes.require_same(dataset.classes, "the config", f"dataset '{dataset.name}'")
-        self.config, self.dataset, self.out, self.device, self.download = config, dataset, out, device, download
+        self.config, self.dataset, self.out, self.pictures = config, dataset, out, pictures
+        self.device, self.download = device, download
         self.base = locate(config.model.base, download)
         torch.set_num_threads(config.train.threads)
         self.extractor = load_extractor(config.score.features, device=device)
@@ -95,11 +103,8 @@ class Ablation:
         """Train, draw and measure what is not there yet. Raises TrainingInterrupted as `train` does."""
         say(f"the base '{self.base.name}' by itself, with the prompts of each style")
         by_style = self._images_of_base()
-        rows = training_rows(self.dataset)
-        size = self.config.train.size
-        crops = dataset_features(self.dataset, self.extractor, image_size=size, rows=rows).astype(np.float64)
-        base = np.concatenate([side.features for sides in by_style for side in sides.values()])
-        probes = fit_probes(base, crops, rows, self.config.classes, self.config.seed)
+        rows, crops = self._training_crops(self.dataset)
+        probes = fit_probes(self._of_pretraining(by_style), crops, rows, self.config.classes, self.config.seed)
         of_base = [self._figures(sides, probes) for sides in by_style]
         real = self._judged(self.evaluation.real, probes) | self._named(self.evaluation.floors)
         found = [row for run in self.runs for row in self._rows(run, probes, say)]
@@ -110,9 +115,23 @@ class Ablation:
             self.config.seed,
             dict(self.evaluation.counts),
             real,
-            {name: _mean([figures[name] for figures in of_base]) for name in real} | {"base_look": probes.base_look},
+            {name: _mean([figures[name] for figures in of_base]) for name in real},
+            probes.pictures_look,
             found,
         )
+
+    def _of_pretraining(self, by_style: list[dict[str, Side]]) -> Pictures:
+        """The pretraining's own pictures, or the images that the base draws, by style and phase, in their place."""
+        if self.pictures is not None:
+            rows, features = self._training_crops(self.pictures)
+            return Pictures(features, [patient_of(row) for row in rows])
+        drawn = np.concatenate([side.features for sides in by_style for side in sides.values()])
+        return Pictures(drawn, [f"image {number}" for number in range(len(drawn))])
+
+    def _training_crops(self, dataset: Dataset) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Rows and features [N, D] of a dataset's training split, at the size that is trained at."""
+        rows, size = training_rows(dataset), self.config.train.size
+        return rows, dataset_features(dataset, self.extractor, image_size=size, rows=rows).astype(np.float64)
 
     def _images_of_base(self) -> list[dict[str, Side]]:
         """What the base draws for the prompts of each style, at the sizes of the real crops, by phase."""
@@ -171,7 +190,8 @@ class Ablation:
         del plain["ablation"]
         info = self.dataset.info
         data = [self.dataset.name, info.get("fingerprint"), info.get("count"), info.get("created")]
-        grid = [list(self.config.ablation.prompts.values()), weights_sha256(self.base), self.extractor.id]
+        shown = self.pictures.info.get("fingerprint") if self.pictures else list(self.config.ablation.prompts.values())
+        grid = [shown, weights_sha256(self.base), self.extractor.id]
         return fingerprint({"config": plain, "data": data, "grid": grid})
 
     def _figures(self, sides: dict[str, Side], probes: Probes) -> Figures:

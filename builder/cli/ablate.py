@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from builder.cli.options import out_option, require_no_leak
 from builder.config import Config
+
+if TYPE_CHECKING:
+    from builder.shards.dataset import Dataset
 
 
 @click.command()
@@ -48,15 +52,17 @@ def ablate(
     from builder.training.stage import TrainingInterrupted
 
     folder = Path(target or f"checkpoints/{config.name}")
+    pictures = None
     try:
         if config.ablation.pretrain:
-            _pretrain(load_config(config.ablation.pretrain), out)
+            pictures = _pretrain(load_config(config.ablation.pretrain), out)
         base = locate(config.model.base, download)
         config = require_no_leak(
             config, leak_of_training(config, dataset, base), allow_leak,
             "split by patient, and start from a base that saw no other of them",
         )  # fmt: skip
-        study = Ablation(config, dataset, folder, device=prepare(0), download=download).run(click.echo)
+        ablation = Ablation(config, dataset, folder, pictures=pictures, device=prepare(0), download=download)
+        study = ablation.run(click.echo)
     except TrainingInterrupted as stop:
         click.echo(stop, err=True)
         sys.exit(130)
@@ -69,16 +75,16 @@ def ablate(
     click.echo(f"wrote {', '.join(map(str, files))}")
 
 
-def _pretrain(config: Config, out: str) -> None:
-    """Train the base into checkpoints/<config>, unless its last step is there."""
+def _pretrain(config: Config, out: str) -> Dataset:
+    """Train the base into checkpoints/<config>, unless its last step is there; what it was trained on."""
     from builder.demo.phantom_dataset import ensure_demo
     from builder.models.checkpoint import find_run, run_history
     from builder.shards.dataset import find_dataset
     from builder.training.run import train
 
-    run = find_run(config.name)
-    if run is not None and run_history(run).last.step >= config.train.steps:
-        return
-    click.echo(f"the base: training '{config.name}'")
     dataset = ensure_demo(config.real, out) or find_dataset(config.real, out)
-    train(replace(config, allow_leak=""), dataset, Path("checkpoints") / config.name)
+    run = find_run(config.name)
+    if run is None or run_history(run).last.step < config.train.steps:
+        click.echo(f"the base: training '{config.name}'")
+        train(replace(config, allow_leak=""), dataset, Path("checkpoints") / config.name)
+    return dataset
