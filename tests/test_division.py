@@ -22,9 +22,13 @@ from builder.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoi
 from builder.models.families import FAMILIES
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
+from builder.training.diffusion import DiffusionObjective
+from builder.training.division import require_adamw
+from builder.training.fsdp import units_of
 from builder.training.processes import Processes
 from builder.training.run import train
 from builder.training.stage import Stage, TrainingInterrupted
+from builder.training.zero import engine_config
 from tests.conftest import write_real
 from tests.test_finetune import FEATURES, SIZE, TINY, config_of, equal, unet_weights
 
@@ -37,9 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", **SHOWN},
     "full-bf16": {"method": "full", "precision": "bf16"},
     "lora-bf16": {"method": "lora", "precision": "bf16", "ema_device": "cpu"},
-    "full-fp16": {"method": "full", "precision": "fp16"},  # DeepSpeed refuses it
+    "full-fp16": {"method": "full", "precision": "fp16"},
 }
 EXACT = ("full", "lora")
+LEFT_OUT = {"FSDP": "full-bf16", "DeepSpeed": "full-fp16"}  # DeepSpeed refuses fp16
 
 
 # -- in each of the processes --------------------------------------------------------------------------------------
@@ -72,13 +77,30 @@ def work(root: str, out: Path, case: str) -> None:
     (out / case / f"said-{os.environ['RANK']}.json").write_text(json.dumps([straight, resumed]))
 
 
+def blow_up(root: str, out: Path, case: str) -> None:
+    """A training whose gradients are not finite in one of the processes: all give up, and nothing is saved."""
+    config = config_from_json(json.loads((out / f"{case}.json").read_text()))
+    losses = DiffusionObjective.losses
+
+    def blown(self: DiffusionObjective, step: int, part: range) -> dict[str, torch.Tensor]:
+        found = losses(self, step, part)
+        return {**found, "loss": found["loss"] * (float("inf") if part.stop == config.train.batch_size else 1)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionObjective, "losses", blown)
+        with pytest.raises(BuilderError, match="not finite at step 0"):
+            train(config, Dataset("clinic", Storage(root)), out / "blown", device="cpu")
+    assert not (out / "blown" / "state").exists()
+
+
 WORKER = """
 import sys
 from pathlib import Path
 import torch.distributed
-from tests.test_division import work
+from tests.test_division import blow_up, work
 for case in sys.argv[3:]:
     work(sys.argv[1], Path(sys.argv[2]), case)
+blow_up(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
 torch.distributed.barrier()
 """
 
@@ -114,7 +136,7 @@ class Run:
         return self.folder / case / name / f"step-{STEPS:06d}"
 
     def cases(self) -> list[str]:
-        return [case for case in CASES if self.way == "FSDP" or CASES[case].get("precision") != "fp16"]
+        return [case for case in CASES if case != LEFT_OUT[self.way]]
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -183,10 +205,11 @@ def test_divided_is_one_process_with_twice_the_accumulation(run: Run) -> None:
         figure = f"kd[{FEATURES.replace(':', '.')}]"
         figures = [read_checkpoint(run.checkpoint(case, name)).metrics[figure] for name in ("straight", "plain")]
         assert figures[0] == pytest.approx(figures[1], rel=0.05)
-        average, weights = (run.state(case, "straight")[part] for part in ("ema", "network"))
-        saved = unet_weights(run.checkpoint(case, "straight"))
-        if case == "full":  # what is saved is the average
-            assert differ(average, saved) < 1e-3 < differ(weights, saved)
+
+    average, weights = (run.state("full", "straight")[part] for part in ("ema", "network"))
+    saved = {name: weight.half() for name, weight in unet_weights(run.checkpoint("full", "straight")).items()}
+    assert equal({name: weight.half() for name, weight in average.items()}, saved)  # what is saved is the average
+    assert not equal({name: weight.half() for name, weight in weights.items()}, saved)
 
 
 def test_mixed_precision_is_near_and_trains_float32(run: Run) -> None:
@@ -206,7 +229,7 @@ def test_mixed_precision_is_near_and_trains_float32(run: Run) -> None:
 
 def test_only_the_first_process_shows_bars(run: Run) -> None:
     # Each training reads the crops once: two processes, both showing it, would show it twice as often.
-    assert run.shown.count("read clinic:   0%") == 3 * len(run.cases())
+    assert run.shown.count("read clinic:   0%") == 3 * len(run.cases()) + 1
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------
@@ -230,3 +253,65 @@ def test_what_cannot_be_divided_is_refused(
         monkeypatch.setenv(variable, value)
     with pytest.raises(BuilderError, match=said):
         Processes("cpu")
+
+
+FULLY_SHARD = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP of version 1"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "zero2.yaml"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing"),
+        ({"FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}, "no modules T5Block"),
+    ],
+)
+def test_fsdp_as_it_is_not_done(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
+    for variable, value in {**FULLY_SHARD, **environment}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(BuilderError) as raised:
+        units_of(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert said in f"{raised.value.what} {raised.value.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "precision", "said"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "bf16", "fsdp.yaml"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "bf16", "cpu or none"),
+        ({}, "fp16", "train.precision fp16"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": {"optimizer": {}}}, "bf16", "train.* says it"),
+    ],
+)
+def test_deepspeed_as_it_is_not_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, environment: dict[str, Any], precision: str, said: str
+) -> None:
+    for variable, value in environment.items():
+        if isinstance(value, dict):
+            file = tmp_path / "deepspeed.json"
+            file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **value}))
+            value = str(file)
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(BuilderError) as raised:
+        engine_config(4, 0.5, precision)
+    assert said in f"{raised.value.what} {raised.value.remedy}"
+
+
+def test_deepspeeds_config_is_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate's config file says of ZeRO, and what `train` says of the rest, whatever else that file says."""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    config = engine_config(4, 0.5, "fp32")
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (4, 0.5)
+    assert not config["bf16"]["enabled"] and engine_config(4, 0.5, "bf16")["bf16"]["enabled"]
+    assert "auto" not in json.dumps(config)
+
+
+def test_states_of_other_optimizers_are_not_divided() -> None:
+    weight = [torch.nn.Parameter(torch.zeros(2))]
+    require_adamw(torch.optim.AdamW(weight), "FSDP")
+    with pytest.raises(BuilderError, match="cannot divide the states of SGD"):
+        require_adamw(torch.optim.SGD(weight), "FSDP")

@@ -31,7 +31,7 @@ class FullySharded(Divided):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        settings, units = _settings(), _units(network)
+        settings, units = _settings(), units_of(network)
         self.mesh = init_device_mesh(processes.device.type, (processes.count,))
         self.network: nn.Module = moved(network, processes.device)
         for unit in units:
@@ -111,8 +111,8 @@ def _settings() -> Any:
     return settings
 
 
-def _units(network: nn.Module) -> list[nn.Module]:
-    """The modules that are units, inner ones first."""
+def units_of(network: nn.Module) -> list[nn.Module]:
+    """The modules that are units, inner ones first. BuilderError for names that the network's classes don't have."""
     wanted = _settings().transformer_cls_names_to_wrap or UNITS
     found = [module for module in network.modules() if type(module).__name__ in wanted]
     missing = set(wanted) - {type(module).__name__ for module in found}
