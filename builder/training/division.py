@@ -8,9 +8,10 @@ how they were made: a run goes on with another number of processes, or divided i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from builder.errors import BuilderError
 from builder.training.ema import Ema
 from builder.training.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, by its name for them; float32, one number for each weight
@@ -94,13 +98,7 @@ class Whole:
             scaled.backward()
 
     def step(self) -> float:
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_norm).item()
-        if math.isfinite(norm) or self.scaler.is_enabled():  # the scaler leaves out a step that overflowed by itself
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return step(self.optimizer, self.scaler, self.parameters, self.grad_norm)
 
     def whole(self, pieces: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.names, [piece.detach() for piece in pieces], strict=True))
@@ -127,7 +125,7 @@ class Whole:
             yield
 
 
-class Divided:
+class Divided(ABC):
     """What FSDP and ZeRO have in common: states by AdamW's layout, and a whole copy in the first process to show."""
 
     names: list[str]
@@ -139,11 +137,11 @@ class Divided:
     def passing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def whole(self, pieces: list[Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def whole(self, pieces: list[Tensor]) -> dict[str, Tensor]: ...
 
-    def own(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def own(self, whole: Mapping[str, Tensor]) -> list[Tensor]: ...
 
     def optimized(self) -> list[Tensor]:
         """What the optimizer steps, one for each piece."""
@@ -222,6 +220,20 @@ def divide(
     return Zero(network, make, grad_norm=grad_norm, precision=precision, passes=passes, processes=processes)
 
 
+def step(optimizer: Any, scaler: torch.amp.GradScaler, parameters: list[nn.Parameter], grad_norm: float) -> float:
+    """Clip the gradients to `grad_norm`, step, and forget them: the norm that they had, over all processes."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, grad_norm)
+    if is_divided(norm):
+        norm = norm.full_tensor()
+    found = norm.item()
+    if math.isfinite(found) or scaler.is_enabled():  # the scaler itself leaves out a step that overflowed
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return found
+
+
 def trained_of(network: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that take gradients, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -241,8 +253,13 @@ def require_adamw(optimizer: torch.optim.Optimizer, kind: str) -> None:
         )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, which may be divided (DTensor)."""
+def is_divided(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether this is a tensor of which each process holds a part: FSDP's weights, and what is computed of them."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_divided(tensor) else tensor

@@ -7,7 +7,6 @@ at once, in float32: kept back until the last one they would be whole in each pr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from builder.errors import BuilderError
-from builder.training.division import Divided, MakeOptimizer, moved, require_adamw, trained_of
+from builder.training.division import Divided, MakeOptimizer, is_divided, local, moved, require_adamw, step, trained_of
 from builder.training.processes import Processes
 
 UNITS = ("BasicTransformerBlock", "ResnetBlock2D")  # diffusers' names; what is in none is a unit of its own
@@ -42,7 +41,7 @@ class FullySharded(Divided):
         self.optimizer = make(self.parameters)
         require_adamw(self.optimizer, "FSDP")
         with torch.no_grad():
-            self.pieces = [_divided(parameter).to_local() for parameter in self.parameters]
+            self.pieces = [local(parameter) for parameter in self.parameters]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=loss_scaling)
         self.grad_norm, self.passes, self.processes = grad_norm, passes, processes
 
@@ -50,21 +49,15 @@ class FullySharded(Divided):
         self.scaler.scale(loss / self.passes).backward()  # torch takes the mean over processes
 
     def step(self) -> float:
-        self.scaler.unscale_(self.optimizer)
-        norm = _divided(nn.utils.clip_grad_norm_(self.parameters, self.grad_norm)).full_tensor().item()
-        if math.isfinite(norm) or self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return step(self.optimizer, self.scaler, self.parameters, self.grad_norm)
 
     @torch.no_grad()
     def whole(self, pieces: list[Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import DTensor
 
         found = {}
-        for name, parameter, piece in zip(self.names, self.parameters, pieces, strict=True):
-            like = _divided(parameter)
+        for name, like, piece in zip(self.names, self.parameters, pieces, strict=True):
+            assert is_divided(like)
             divided = DTensor.from_local(
                 piece.to(self.processes.device), self.mesh, like.placements, run_check=False, shape=like.shape,
                 stride=like.stride(),
@@ -79,9 +72,10 @@ class FullySharded(Divided):
         from torch.distributed.tensor import distribute_tensor
 
         found = []
-        for name, parameter in zip(self.names, self.parameters, strict=True):
+        for name, like in zip(self.names, self.parameters, strict=True):
+            assert is_divided(like)
             value = whole[name].to(self.processes.device)
-            divided = distribute_tensor(value, self.mesh, _divided(parameter).placements, src_data_rank=None)
+            divided = distribute_tensor(value, self.mesh, like.placements, src_data_rank=None)  # all have the value
             found.append(divided.to_local().clone())  # not the whole tensor's memory
         return found
 
@@ -122,11 +116,3 @@ def units_of(network: nn.Module) -> list[nn.Module]:
             f"give {','.join(UNITS)}",
         )
     return found[::-1]
-
-
-def _divided(tensor: Any) -> Any:
-    """A DTensor, as such to readers: torch's parameters and norms are DTensors once a network is divided."""
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(tensor, DTensor)
-    return tensor
