@@ -139,10 +139,21 @@ def test_a_config_from_scratch_trains_and_draws_in_small(name: str, builder, tmp
 # -- accelerate ----------------------------------------------------------------------------------------------------
 
 
-def test_accelerate_reads_its_config() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
+ACCELERATE = {path.stem: path for path in sorted((FOLDER / "accelerate").glob("*.yaml"))}
+KINDS = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "zero2": "DEEPSPEED"}
 
-    (file,) = (FOLDER / "accelerate").glob("*")
-    found = load_config_from_file(str(file))  # refuses unknown keys
-    assert found.distributed_type.value == "MULTI_GPU"
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_reads_its_configs(name: str) -> None:
+    """As `accelerate launch` does; tests/test_division.py trains with those that divide weights."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    assert set(ACCELERATE) == set(KINDS)
+    found = load_config_from_file(str(ACCELERATE[name]))  # refuses unknown keys
+    assert found.distributed_type.value == KINDS[name]
     assert found.num_processes == 2 and found.num_machines == 1
+    assert found.mixed_precision == "no"
+    flags = vars(launch_command_parser().parse_args(["train"]))  # of an inner section, unknown keys are not refused
+    assert set(getattr(found, "fsdp_config", {})) | set(getattr(found, "deepspeed_config", {})) <= set(flags)
+    assert "--config_file configs/accelerate/" + ACCELERATE[name].name in ACCELERATE[name].read_text()

@@ -572,15 +572,6 @@ def test_processes_share_a_batch(batch: int, micro: int, count: int) -> None:
     assert min(map(len, parts)) >= 1 and (not micro or max(map(len, parts)) <= micro)
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
-def test_what_divides_the_weights_is_refused(
-    bases: dict[str, Path], clinic: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(BuilderError, match="does not run on"):
-        train(config_of(bases), clinic, tmp_path)
-
-
 WORKER = """
 import json, os, sys
 from pathlib import Path

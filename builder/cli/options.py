@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ import click
 from builder.config import Config
 from builder.errors import BuilderError
 from builder.models.guards import GUARDS, Finding
+from builder.progress import is_first_process
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,8 +71,3 @@ def require_no_leak(config: Config, leak: str | None, reason: str | None, remedy
     if is_first_process():
         click.echo(f"LEAK: {leak}; allowed, because: {reason}", err=True)
     return replace(config, allow_leak=reason)
-
-
-def is_first_process() -> bool:
-    """Whether this is the one process, of those that torchrun or accelerate launch started, that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from builder.cli.options import config_options, guard_options, is_first_process, out_option, require_no_leak, warn
+from builder.cli.options import config_options, guard_options, out_option, require_no_leak, warn
+from builder.progress import is_first_process
 
 
 @click.command()

@@ -19,7 +19,7 @@ from builder.training.stage import Stage
 
 
 class Checkpoints:
-    """The checkpoints of a run, made of the averaged weights: OUT/step-000100, samples/, history.json.
+    """The checkpoints of a run: OUT/step-000100, samples/, history.json. `pipeline` shows the averaged weights.
 
     The best by `train.monitor` stays, and the `train.keep_checkpoints` newest.
     """
@@ -46,22 +46,21 @@ class Checkpoints:
         return self.out / f"{STEP}{step:06d}"
 
     def make(self, step: int) -> bool:
-        """Make the checkpoint of the weights as they are; whether training should end with it."""
+        """Make the checkpoint of the pipeline as it is; whether training should end with it."""
         unet = self.pipeline.unet
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         epoch = step * self.config.train.batch_size // self.images_per_epoch
-        with self.stage.ema.swapped_in():
-            unet.eval()
-            metrics = self._measure(step)
-            description = dataclasses.replace(
-                self.description, path=self.folder(step), step=step, epoch=epoch, metrics=metrics, created=created
-            )
-            if self.config.model.method == "lora":
-                save_adapter(unet, description)
-            else:
-                save_checkpoint(self.pipeline, description)
-            write_samples(self.sampler, self.config.classes, self.out / "samples" / f"{STEP}{step:06d}.png")
-            unet.train()
+        unet.eval()
+        metrics = self._measure(step)
+        description = dataclasses.replace(
+            self.description, path=self.folder(step), step=step, epoch=epoch, metrics=metrics, created=created
+        )
+        if self.config.model.method == "lora":
+            save_adapter(unet, description)
+        else:
+            save_checkpoint(self.pipeline, description)
+        write_samples(self.sampler, self.config.classes, self.out / "samples" / f"{STEP}{step:06d}.png")
+        unet.train()
         self.history = self.history.with_entry(Entry(step, epoch, self.folder(step).name, metrics, created))
         self.history.write(self.out)
         for entry in self.history.in_folders(self.out).superfluous(self.config.train.keep_checkpoints - 1):

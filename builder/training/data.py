@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from builder.errors import BuilderError
+from builder.progress import progress
 from builder.shards.dataset import Dataset, resize
 
 
@@ -51,7 +51,7 @@ def training_rows(dataset: Dataset) -> list[dict[str, Any]]:
 def load_crops(dataset: Dataset, size: int) -> TrainingCrops:
     """All crops of the training split, whole, resized to `size` px. BuilderError as `training_rows`."""
     rows = training_rows(dataset)
-    reading = tqdm(dataset.images(rows), total=len(rows), desc=f"read {dataset.name}", unit="crop", leave=False)
+    reading = progress(dataset.images(rows), f"read {dataset.name}", "crop", len(rows))
     pixels = np.stack([resize(image, size) for _, image in reading])
     return TrainingCrops(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),

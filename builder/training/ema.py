@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def ema_decay(step: int, most: float) -> float:
@@ -20,7 +20,7 @@ class Ema:
     Kept on the CPU where `on_cpu` is set, else where the parameters are.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, *, on_cpu: bool = False) -> None:
+    def __init__(self, parameters: Sequence[Tensor], decay: float, *, on_cpu: bool = False) -> None:
         self.parameters: list[Tensor] = list(parameters)
         self.average: list[Tensor] = [p.detach().to("cpu" if on_cpu else p.device, copy=True) for p in parameters]
         self.decay, self.on_cpu = decay, on_cpu

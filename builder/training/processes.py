@@ -1,7 +1,7 @@
 """The processes of a run: one, or those that torchrun or `accelerate launch` started, joined by accelerate.
 
-All of them take part in every step, each with its share of the step's batch, and hold the same weights; the first one
-alone writes files and draws samples, while the others wait.
+All of them take part in every step, each with its share of the step's batch; the first one alone writes files and
+draws samples, while the others wait. They hold the same weights, or divide them as accelerate's config file says.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from torch import Tensor, nn
 from builder.errors import BuilderError
 
 WAITING = datetime.timedelta(hours=6)  # the longest that the others wait for the first: it evaluates meanwhile
-SHARDING = {  # what `accelerate launch` sets
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP", "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}  # fmt: skip
+DIVIDING = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}  # what `accelerate launch` sets
+MEGATRON = "ACCELERATE_USE_MEGATRON_LM"
 
 
 class Processes:
-    """This process among its like. `rank` 0 is the first; `count` of all; `device` of this one."""
+    """This process among its like. `rank` 0 is the first; `count` of all; `device` of this one.
+
+    `divided`: None, DeepSpeed or FSDP: by what they divide the weights that are trained.
+    """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
-        """`device`: None takes the GPU there is (of several processes, each its own), else the CPU."""
+        """`device`: None takes the GPU there is (of several processes, each its own), else the CPU.
+
+        BuilderError for a way of dividing that is unknown, not installed, or for which the processes were not started.
+        """
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        _require_plain()
+        self.divided = _divided()
         kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
         # Precision is the objective's own affair (autocast); weights and gradients stay in float32.
         self.accelerator = Accelerator(
@@ -106,15 +111,31 @@ def chunks(batch_size: int, micro_batch: int, rank: int, count: int) -> list[ran
     return [range(edges[part], edges[part + 1]) for part in mine]
 
 
-def _require_plain() -> None:
-    """Refuse what divides weights or optimizer states over processes: resume states and averages are of whole ones."""
-    for kind, variable in SHARDING.items():
-        if os.environ.get(variable, "").lower() in ("true", "1"):
+def _divided() -> str | None:
+    """By what the weights are divided, of what was asked for."""
+    if _is_set(MEGATRON):
+        raise BuilderError(
+            "training does not run on Megatron-LM", "launch with a config of configs/accelerate/, or with torchrun"
+        )
+    kind = next((kind for kind, variable in DIVIDING.items() if _is_set(variable)), None)
+    if kind and "LOCAL_RANK" not in os.environ:
+        raise BuilderError(
+            f"{DIVIDING[kind]} asks for {kind}, but no processes were started for it",
+            "start them with `accelerate launch --config_file configs/accelerate/... -m builder train`",
+        )
+    if kind == "DeepSpeed":
+        try:
+            import deepspeed  # noqa: F401 - whether it is there
+        except ImportError as error:
             raise BuilderError(
-                f"training does not run on {kind}: it keeps whole weights and optimizer states in each process",
-                "launch plain processes (torchrun, or accelerate with distributed_type MULTI_GPU); for less memory: "
-                "model.method lora, train.optimizer adamw8bit, train.ema_device cpu, train.gradient_checkpointing",
-            )
+                f"training on DeepSpeed needs its package: {error}",
+                "pip install 'builder[deepspeed]', or launch with configs/accelerate/fsdp.yaml",
+            ) from None
+    return kind
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1")
 
 
 def _leave() -> None:

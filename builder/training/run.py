@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -138,15 +139,19 @@ def _train_unet(
     perceptual = perceptual_loss(settings, device)
     views = _views(pipeline, config, dataset, crops, device)
     sizes = size_quantiles(views.native, views.labels, config.classes.codes)
-    make_trainable(pipeline, config, device)
+    make_trainable(pipeline, config, torch.device("cpu") if processes.divided else device)
+    shown = _to_show(pipeline, processes)
     # Made before the first step: prompts and sampling that cannot be are refused before hours of training.
     precision = precision_on(settings.precision, device)
     sampler = Sampler(
-        with_parts(pipeline, unet=Autocasting(pipeline.unet, precision, device)),
+        with_parts(pipeline, unet=Autocasting(shown.unet, precision, device)),
         dataclasses.replace(config.sample, size=settings.size), prompts, sizes, str(device), torch.float32,
     )  # fmt: skip
-    pipeline.unet.train()
+    shown.unet.train()
     narrow_frozen(pipeline, config, device)
+    if shown is not pipeline:
+        narrow_frozen(shown, config, device)
+        shown.unet.to("cpu")
     evaluation = _evaluation(config, dataset, device) if settings.evaluate_every and processes.first else None
     objective = DiffusionObjective(
         pipeline, views, embedded, settings, seed=config.seed, device=device, perceptual=perceptual
@@ -155,17 +160,18 @@ def _train_unet(
         "unet", objective, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps, weight_decay=settings.weight_decay, grad_norm=settings.grad_norm,
         ema_decay=settings.ema_decay, ema_on_cpu=settings.ema_device == "cpu", optimizer=settings.optimizer,
-        loss_scaling=precision == "fp16", micro_batch=settings.micro_batch, processes=processes,
+        precision=precision, micro_batch=settings.micro_batch, processes=processes,
     )  # fmt: skip
     states = States(out / "state", fingerprint(_unet_identity(config, dataset, begin)))
     states.restore(stage, device)
     description = _description(begin, config, dataset, views.patients, sizes, out)
     checkpoints = Checkpoints(
-        out, config, stage, pipeline, sampler, evaluation, description, log, len(views.labels)
+        out, config, stage, shown, sampler, evaluation, description, log, len(views.labels)
     )  # fmt: skip
 
     def save(step: int) -> bool:
-        enough = checkpoints.make(step) if processes.first else False
+        with stage.showing(shown.unet):
+            enough = checkpoints.make(step) if processes.first else False
         processes.wait()
         return enough
 
@@ -177,6 +183,14 @@ def _train_unet(
     if not processes.any(processes.first and checkpoints.exhausted):
         run_stage(stage, states, log, every=settings.checkpoint_every, on_checkpoint=save, writes=processes.first)
     return checkpoints.folder(stage.step)
+
+
+def _to_show(pipeline: Pipeline, processes: Processes) -> Pipeline:
+    """The pipeline that carries averaged weights at a checkpoint: itself, or one with a whole denoiser of its own where
+    that of training is divided, in the process that draws and saves."""
+    if not (processes.divided and processes.first):
+        return pipeline
+    return with_parts(pipeline, unet=copy.deepcopy(pipeline.unet))
 
 
 def _views(

@@ -7,12 +7,13 @@ uninterrupted bit for bit (same machine, same threads).
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from builder.errors import BuilderError
+from builder.training.division import Division, Whole, divide
 from builder.training.ema import Ema
 from builder.training.log import Log
 from builder.training.processes import Processes, chunks
@@ -42,27 +44,31 @@ class Stage:
     """A network with optimizer, learning-rate schedule and average.
 
     Without `processes` every process computes all of it by itself. With them each takes its share of the batch, in
-    passes of at most `micro_batch` images.
+    passes of at most `micro_batch` images; they may divide the weights too. precision: bf16, fp16 or fp32; of these
+    fp16 has its loss scaled.
     """
 
     def __init__(
         self, name: str, objective: Objective, *, steps: int, batch_size: int, learning_rate: float,
         warmup_steps: int, weight_decay: float, grad_norm: float, ema_decay: float, ema_on_cpu: bool = False,
-        optimizer: str = "adamw", loss_scaling: bool = False, micro_batch: int = 0, processes: Processes | None = None,
+        optimizer: str = "adamw", precision: str = "fp32", micro_batch: int = 0, processes: Processes | None = None,
     ) -> None:  # fmt: skip
         self.name, self.objective, self.steps, self.batch_size = name, objective, steps, batch_size
-        self.warmup_steps, self.learning_rate, self.grad_norm = warmup_steps, learning_rate, grad_norm
+        self.warmup_steps, self.learning_rate = warmup_steps, learning_rate
         self.processes = processes
         count, rank = (processes.count, processes.rank) if processes else (1, 0)
         self.parts = chunks(batch_size, micro_batch, rank, count)
-        trained = {n: p for n, p in objective.network.named_parameters() if p.requires_grad}
-        self.names, self.parameters = list(trained), list(trained.values())
-        made = make_optimizer(optimizer, self.parameters, learning_rate, weight_decay)
-        self.optimizer: Any = made
+        make = functools.partial(make_optimizer, optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+        self.division: Division
         if processes:
-            objective.network, self.optimizer = processes.prepare(objective.network, made, len(self.parts))
-        self.ema = Ema(self.parameters, ema_decay, on_cpu=ema_on_cpu)
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=loss_scaling)
+            self.division = divide(
+                objective.network, make, grad_norm=grad_norm, precision=precision, passes=len(self.parts),
+                processes=processes,
+            )  # fmt: skip
+        else:
+            self.division = Whole(objective.network, make, grad_norm=grad_norm, loss_scaling=precision == "fp16")
+        objective.network = self.division.network
+        self.ema = Ema(self.division.pieces, ema_decay, on_cpu=ema_on_cpu)
         self.skipped = 0
         self.step = 0
         self.since = Means()  # the last checkpoint
@@ -76,11 +82,11 @@ class Stage:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; the means of its losses over the whole batch."""
-        for group in self.optimizer.param_groups:
+        for group in self.division.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         means: dict[str, float] = {}
         for part in self.parts:
-            with self.processes.accumulating(self.objective.network) if self.processes else nullcontext():
+            with self.division.passing():
                 losses = self.objective.losses(self.step, part)
                 self._backward(losses["loss"], len(part))
             for name, value in losses.items():
@@ -93,48 +99,44 @@ class Stage:
 
     def _backward(self, loss: Tensor, images: int) -> None:
         """Gradients of the mean over the whole batch: parts differ in size by an image where it cannot be shared."""
-        if not self.processes:
-            self.scaler.scale(loss).backward()
-            return
-        total = len(self.parts) * self.processes.count
-        self.processes.backward(self.scaler.scale(loss * (images * total / self.batch_size)))
+        total = len(self.parts) * (self.processes.count if self.processes else 1)
+        self.division.backward(loss * (images * total / self.batch_size))
 
     def _update(self) -> float:
-        """Clip the gradients and take the step; the norm they had."""
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.grad_norm).item()
+        """Take the step; the norm that the gradients had."""
+        norm = self.division.step()
         finite = math.isfinite(norm)
         self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped > (MOST_SKIPPED if self.scaler.is_enabled() else 0):
+        if self.skipped > (MOST_SKIPPED if self.division.scaler.is_enabled() else 0):
             raise BuilderError(
                 f"the {self.name} loss is not finite at step {self.step}",
                 "lower the learning rate; run again to go on from the last state",
             )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         if finite:
             self.ema.update(self.step)
         return norm if finite else 0.0
 
+    def showing(self, shown: nn.Module) -> AbstractContextManager[None]:
+        """Within the block, in the first process, `shown` has the averaged weights. All processes take part."""
+        return self.division.showing(shown, self.ema)
+
     def state_dict(self) -> dict[str, Any]:
+        """Of whole tensors, in the first process; all take part."""
         return {
             "step": self.step,
             "skipped": self.skipped,
             "since": [self.since.sums, self.since.count],
-            "network": dict(zip(self.names, [p.detach() for p in self.parameters], strict=True)),
-            "ema": dict(zip(self.names, self.ema.average, strict=True)),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "network": self.division.whole(self.division.pieces),
+            "ema": self.division.whole(self.ema.average),
+            "optimizer": self.division.optimizer_state(),
+            "scaler": self.division.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in zip(self.names, self.parameters, strict=True):
-                parameter.copy_(state["network"][name])
-        self.ema.load([state["ema"][name] for name in self.names])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.division.load(state["network"])
+        self.ema.load(self.division.own(state["ema"]))
+        self.division.load_optimizer_state(state["optimizer"])
+        self.division.scaler.load_state_dict(state["scaler"])
         self.since.sums, self.since.count = state["since"]
         self.step, self.skipped = state["step"], state["skipped"]
 
@@ -213,8 +215,10 @@ def run_stage(
                 bar.set_postfix_str(_log(stage, lately, log))
                 lately = Means()
             if stage.step % every == 0 or last or stop:
+                state = stage.state_dict()
                 if writes:
-                    states.save(stage)
+                    states.save(stage.name, stage.step, state)
+                del state  # put together, it takes the memory of all
                 if stop and not last:
                     if group:
                         group.wait()

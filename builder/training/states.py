@@ -15,12 +15,10 @@ KEPT_STATES = 2
 
 
 class Resumable(Protocol):
-    """What a state is of."""
+    """What a state is loaded into."""
 
     name: str
     step: int
-
-    def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -36,16 +34,16 @@ class States:
             path for path in self.folder.glob(f"{stage}-*.pt") if re.fullmatch(rf"{stage}-\d{{8}}\.pt", path.name)
         )
 
-    def save(self, stage: Resumable) -> None:
+    def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / f"{stage.name}-{stage.step:08d}.pt"
+        target = self.folder / f"{stage}-{step:08d}.pt"
         part = target.with_suffix(".part")
         with part.open("wb") as file:
-            torch.save({"fingerprint": self.fingerprint, **stage.state_dict()}, file)
+            torch.save({"fingerprint": self.fingerprint, **state}, file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
-        for old in self._files(stage.name)[:-KEPT_STATES]:
+        for old in self._files(stage)[:-KEPT_STATES]:
             old.unlink()
 
     def restore(self, stage: Resumable, device: torch.device) -> bool:

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from builder.config import TrainConfig
 from builder.crops.cut import square_around
 from builder.models.families import Pixels
+from builder.progress import progress
 from builder.shards.dataset import Dataset, resize
 from builder.training.data import TrainingCrops, known_patients, original_size, step_generator, training_rows
 from builder.training.vae import encode
@@ -105,7 +105,7 @@ class AugmentedCrops:
     def __init__(self, vae: Any, dataset: Dataset, config: TrainConfig, device: torch.device) -> None:
         self.vae, self.config, self.device = vae.to(device).eval(), config, device
         rows = training_rows(dataset)
-        reading = tqdm(dataset.images(rows), total=len(rows), desc=f"read {dataset.name}", unit="crop", leave=False)
+        reading = progress(dataset.images(rows), f"read {dataset.name}", "crop", len(rows))
         self.frames = [make_frame(row, image, config.margin[1]) for row, image in reading]
         self.labels = torch.tensor([row["label"] for row in rows])
         self.patients = known_patients(rows)
@@ -180,7 +180,7 @@ class DrawnAhead:
         crops = torch.arange(len(views.labels))
         self.drawn = [views.draw(crops, step_generator(seed, "views", turn)) for turn in range(number)]
         self._places = {view: place for place, view in enumerate(view for turn in self.drawn for view in turn)}
-        encoding = tqdm(self.drawn, desc="encode views", unit="pass", leave=False, disable=None)
+        encoding = progress(self.drawn, "encode views", "pass")
         encoded = [views.latents(turn) for turn in encoding]
         self.mean, self.std = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [number * N, C, s, s]
 
