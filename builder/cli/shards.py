@@ -28,8 +28,8 @@ if TYPE_CHECKING:
               "latest, epoch=30, step=1200. [default: the config's]")  # fmt: skip
 @click.option("--real", metavar="NAME|PATH", help="Real dataset for panel and gates. [default: the config's]")
 @out_option
-@click.option("--engine", default="auto", show_default=True, help="Who runs the units: local (processes), ranks "
-              "(this process is one of many), ray, inline. auto: ranks under torchrun, accelerate or SLURM, else local.")  # fmt: skip
+@click.option("--engine", default="auto", show_default=True, help="Who runs the units: local (processes), ranks (this "
+              "process is one of many), ray, inline; auto: ranks where a launcher says so, else local.")  # fmt: skip
 @click.option("--workers", type=int, help="Worker processes. [default: one a GPU, else one a core]")
 @click.option("--address", default="auto", show_default=True, metavar="HOST:PORT", help="Of the Ray cluster.")
 @click.option("--grace", type=click.FloatRange(0), default=30, show_default=True, metavar="SECONDS",

@@ -34,7 +34,8 @@ def status(dataset: str, out: str) -> None:
         seen = "left" if sign.left else f"{_ago(worker.age)}{'' if worker.alive else ', gone'}"
         unit = sign.unit if worker.alive and sign.unit is not None else "-"
         click.echo(
-            f"{sign.label:<{width}}  {sign.device:<8}{unit:>7}{sign.units:>8,}{sign.images:>10,}{worker.rate:>10.2f}  {seen}"
+            f"{sign.label:<{width}}  {sign.device:<8}{unit:>7}{sign.units:>8,}{sign.images:>10,}{worker.rate:>10.2f}"
+            f"  {seen}"
         )
     for number, reason in sorted(job.failed.items())[:REASONS_SHOWN]:
         click.echo(f"unit {number} failed: {(reason.strip() or 'no reason given').splitlines()[-1]}")

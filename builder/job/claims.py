@@ -1,8 +1,8 @@
-"""Claims: which rank makes which unit. They save work and guard nothing; what two make all the same, the commit sorts out.
+"""Claims: which rank makes which unit. They save work and guard nothing: what two make, the commit decides.
 
-A claim is a file that is created exclusively (manifests/NAME/job/claims/WHAT.json) and names its owner. It is as alive as
-its owner (job.presence), so it expires without a clock that two machines would have to share. Who finds a claim expired
-removes it and makes its own; where two do that at once, both may work on the unit: rare, and harmless.
+A claim is a file that is created exclusively (manifests/NAME/job/claims/WHAT.json) and names its owner. It is as alive
+as its owner (job.presence), so it expires without a clock that two machines would have to share. Who finds a claim
+expired removes it and makes its own; where two do that at once, both may work on the unit: rare, and harmless.
 """
 
 from __future__ import annotations

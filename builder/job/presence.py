@@ -130,7 +130,7 @@ class Presence:
         self.sign.beat += 1
         since = self._since
         seconds = self.sign.seconds + (time.monotonic() - since if since is not None else 0.0)
-        data = json.dumps(asdict(self.sign) | {"seconds": round(seconds, 3)}).encode()
+        data = json.dumps(asdict(self.sign) | {"seconds": seconds}).encode()
         try:
             self.dataset.storage.write(f"{workers_folder(self.dataset)}/{self.id}.json", data)
         except OSError as error:  # a full disk is told by the shard that does not fit

@@ -15,7 +15,7 @@ from builder.shards.dataset import Dataset
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """A worker's last sign, how many seconds ago it was (None where the file system gives no times), and if it lives."""
+    """A worker's last sign, how many seconds ago it was (None where the file system gives no times), if it lives."""
 
     sign: Sign
     age: float | None
@@ -81,7 +81,7 @@ def job_status(dataset: Dataset) -> Status:
 
 
 def _workers(dataset: Dataset) -> list[WorkerStatus]:
-    """Every worker that left a sign, by label. Ages are differences of times of one file system, whatever clock it has."""
+    """Every worker that left a sign, by label. Ages are differences of times of one file system, whatever its clock."""
     found = signs(dataset)
     now = _time_there(dataset) if found else None
     workers = []

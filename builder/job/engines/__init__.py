@@ -57,7 +57,7 @@ def engine_of(name: str, address: str = "auto") -> Engine:
 
 
 def load_worker(spec: JobSpec, device: str) -> Maker:
-    """The worker that generates, scores and commits; after job.devices.prepare, which must come before any torch work."""
+    """The worker that generates, scores and commits; call job.devices.prepare before: it sets the thread count."""
     from builder.job.worker import Worker
 
     return Worker(spec, device)

@@ -1,9 +1,9 @@
 """The engine of launched ranks: processes that torchrun, srun or a SLURM array started, on any machines, at any time.
 
-Rank r of w owns the units of the full plan whose number is r modulo w. It makes those first, then helps with what nobody
-has committed or claimed, from the plan's end, so that it does not get in the way of their owners. Ranks never speak with
-each other: what is committed stands in the dataset, what is being made in claims, which fall with their owner. A rank
-that dies, or never starts, is thus only missed by its share of speed.
+Rank r of w owns the units of the full plan whose number is r modulo w. It makes those first, then helps with what
+nobody has committed or claimed, from the plan's end, so that it does not get in the way of their owners. Ranks never
+speak with each other: what is committed stands in the dataset, what is being made in claims, which fall with their
+owner. A rank that dies, or never starts, is missed by its share of speed only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine of a Ray cluster: an actor per GPU (per core where the cluster has none), for as long as there is work.
 
-The driver holds the queue. It looks at the cluster again and again: a new node gets actors, the unit of a lost one goes to
-another. A unit that fails three times is given up. Nodes must see the output root, the checkpoint and the real crops
+The driver holds the queue. It looks at the cluster again and again: a new node gets actors, the unit of a lost one goes
+to another. A unit that fails three times is given up. Nodes must see the output root, the checkpoint and the real crops
 under the same paths, and have this package in their environment.
 """
 
@@ -72,7 +72,7 @@ def connect(address: str) -> Any:
 
 
 class _Actor:
-    """What runs on a node: loads once, then makes a unit a call. Nothing is raised, so that errors arrive as they are."""
+    """What runs on a node: loads once, then makes a unit a call. It raises nothing: errors arrive as they are."""
 
     def __init__(self, spec: JobSpec, number: int, load: Load) -> None:
         self.spec, self.number, self.load_worker = spec, number, load
