@@ -1,4 +1,4 @@
-"""The same bytes from every engine, on a small model: processes, launched ranks, Ray; killed in one, continued in another."""
+"""The same bytes from every engine, on a small model: local, ranks, Ray; killed in one, continued in another."""
 
 from __future__ import annotations
 
@@ -278,11 +278,13 @@ def test_status_says_done_failed_pending_and_who_works(
     assert "0 of 10 units (0 of 80 images), 0 failed, 0 in hand, 10 pending" in result.output
     assert "nobody is at work" in result.output
     Failures(dataset).record(Unit(4, 32, 40), "Traceback:\nRuntimeError: cursed\n")
-    with Presence(dataset, "rank 1 of 2", "cpu", beat=0.05) as presence:
-        with presence.making(Unit(2, 16, 24), lambda images: None) as on_batch:
-            on_batch(30)
-            time.sleep(0.3)
-            result = builder("status", made.name)
+    with (
+        Presence(dataset, "rank 1 of 2", "cpu", beat=0.05) as presence,
+        presence.making(Unit(2, 16, 24), lambda images: None) as on_batch,
+    ):
+        on_batch(30)
+        time.sleep(0.3)
+        result = builder("status", made.name)
     assert "1 failed, 1 in hand, 8 pending" in result.output
     assert "unit 4 failed: RuntimeError: cursed" in result.output
     assert "rank 1 of 2" in result.output and "images/s together; about 0:00:" in result.output
