@@ -16,9 +16,8 @@ def committed_units(dataset: Dataset) -> list[Unit]:
     BuilderError for a manifest, of those, that cannot be read or that no batch job wrote.
     """
     numbers = dataset.shard_numbers()
-    if numbers and dataset.exists():
-        return _bisected(dataset, numbers, int(dataset.info["fingerprint_keys"]["images_per_shard"]))
-    return [_read_unit(dataset, number) for number in numbers]
+    full = dataset.info.get("fingerprint_keys", {}).get("images_per_shard") if numbers and dataset.exists() else None
+    return [_read_unit(dataset, number) for number in numbers] if full is None else _bisected(dataset, numbers, full)
 
 
 def _bisected(dataset: Dataset, numbers: list[int], full: int) -> list[Unit]:
