@@ -256,8 +256,9 @@ def test_a_cluster_that_does_not_answer_is_named(spec: JobSpec, address: str) ->
 def test_without_ray_the_remedy_is_named(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(BuilderError, match="Ray is not installed") as refused:
-        ray_engine.connect("auto")
+        run(spec, COUNT, "ray")
     assert "builder[ray]" in refused.value.remedy
+    assert not Path(spec.out).exists(), "said before anything is made"
 
 
 # -- status --------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from builder.quality.build import build_reference
 from builder.quality.duplicates import mark_duplicates
 from builder.quality.reference import has_reference, load_reference, reference_path, save_reference
 from builder.sampling.seeds import MAX_INDEX
+from builder.shards.commit import STAGED
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
 
@@ -64,6 +65,7 @@ def run_job(
     """
     _require_possible(spec, count)
     engine = engine_name(engine)
+    run_alone = engine_of(engine, address) if engine != "ranks" else None
     dataset = spec.dataset
     with stopping.graceful(grace), _crew_of(engine, spec, count) as crew:
         if crew.place.local:
@@ -90,10 +92,10 @@ def run_job(
         started = time.monotonic()
         try:
             with progress.bar:
-                if isinstance(crew, Together):
+                if run_alone is not None:
+                    run_alone(spec, pending, workers, progress)
+                elif isinstance(crew, Together):
                     ranks.run(spec, pending, progress, crew, failures)
-                else:
-                    engine_of(engine, address)(spec, pending, workers, progress)
         except BaseException as stop:
             log.error("ended before its time: %r", stop)
             raise
@@ -164,7 +166,13 @@ def _begin(
 
 
 def _finish(dataset: Dataset, total: int) -> None:
-    """All units are there: compare the images with each other, and call the dataset complete."""
+    """All units are there: compare the images with each other, and call the dataset complete.
+
+    Leftovers are swept away, also under ranks: what one of them may still be committing is there already.
+    """
+    for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
+        dataset.storage.sweep(folder)
+    dataset.storage.remove(f"manifests/{dataset.name}/{STAGED}")
     reference = load_reference(dataset)
     mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
     info = dataset.info

@@ -49,9 +49,14 @@ def engine_name(name: str) -> str:
 
 
 def engine_of(name: str, address: str = "auto") -> Engine:
-    """The engine of a name that runs its units alone (`ranks` does not, see there); `address`: of the Ray cluster."""
+    """The engine of a name that runs its units alone (for `ranks` see there); `address`: of the Ray cluster.
+
+    BuilderError when Ray is asked for and not there, before anything is made.
+    """
     from builder.job.engines import inline, local, ray
 
+    if name == "ray":
+        ray.connect(address)
     engines: dict[str, Engine] = {"local": local.run, "inline": inline.run, "ray": partial(ray.run, address=address)}
     return engines[name]
 
