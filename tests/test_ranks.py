@@ -255,6 +255,22 @@ def test_one_of_many_ranks_gets_an_expired_claim(spec: JobSpec) -> None:
     assert len(got) == 1
 
 
+def test_a_worker_that_is_stuck_in_a_unit_loses_its_claim_though_its_process_lives(spec: JobSpec) -> None:
+    with Presence(spec.dataset, "stuck", beat=0.02, stuck=0.1) as stuck, Presence(spec.dataset, "peer") as peer:
+        theirs, claims = crew(spec, stuck).claims, crew(spec, peer).claims
+        assert theirs.take("u") is not None
+        with stuck.making(Unit(0, 0, 1), lambda images: None) as on_batch:
+            for _ in range(10):  # slow, but it goes on
+                on_batch(1)
+                time.sleep(SILENCE / 6)
+                assert claims.take("u") is None
+            for _ in range(100):
+                time.sleep(SILENCE / 6)
+                if claims.take("u") is not None:
+                    return
+    raise AssertionError("the claim never expired")
+
+
 def test_a_damaged_claim_or_sign_is_no_hindrance(spec: JobSpec) -> None:
     spec.dataset.storage.write("manifests/x/job/claims/u.json", b"{")
     spec.dataset.storage.write("manifests/x/job/workers/torn.json", b"[]")

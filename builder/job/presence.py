@@ -26,6 +26,7 @@ from builder.shards.dataset import Dataset
 
 BEAT = 10.0  # s between signs of life
 GONE = 60.0  # s without one, and a worker is taken for dead; well above a pause of a loaded file server
+STUCK = 7200.0  # s without a batch of the unit in hand, and a worker gives no more signs: its peers take it for dead
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +83,15 @@ def _sign(data: dict[str, Any] | None) -> Sign | None:
 class Presence:
     """This worker's sign of life, for as long as the block lasts; a thread beats."""
 
-    def __init__(self, dataset: Dataset, label: str, device: str = "", job: str = "", beat: float = BEAT) -> None:
-        self.dataset, self.beat = dataset, beat
+    def __init__(
+        self, dataset: Dataset, label: str, device: str = "", job: str = "", *,
+        beat: float = BEAT, stuck: float = STUCK,
+    ) -> None:  # fmt: skip
+        self.dataset, self.beat, self.stuck = dataset, beat, stuck
         self.id = f"{re.sub('[^A-Za-z0-9-]', '-', socket.gethostname())[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self.sign = Sign(f"{socket.gethostname()} {label}", device, job, process_name(os.getpid()) or "")
         self._since: float | None = None  # when the unit in hand was begun
+        self._moved = 0.0  # when it last went on
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -107,10 +112,12 @@ class Presence:
         before = self.sign.images
 
         def heard(images: int) -> None:
+            self._moved = time.monotonic()
             self.sign.images += images
             on_batch(images)
 
         self.sign.unit, self._since = unit.number, time.monotonic()
+        self._moved = self._since
         try:
             yield heard
         except BaseException:
@@ -124,7 +131,8 @@ class Presence:
 
     def _beat(self) -> None:
         while not self._end.wait(self.beat):
-            self._write()
+            if self._since is None or time.monotonic() - self._moved < self.stuck:
+                self._write()
 
     def _write(self) -> None:
         self.sign.beat += 1
