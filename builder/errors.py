@@ -19,6 +19,12 @@ class BuilderError(Exception):
         return BuilderError, (self.what, self.remedy)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the command; the exit code says so, as a shell would."""
+
+    exit_code = 143
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A remedy that names the nearest known word, or all of them when none is near."""
     known = sorted(known)

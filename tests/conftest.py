@@ -71,14 +71,12 @@ def clinic(tmp_path: Path) -> Dataset:
     return write_real(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_checkpoint(path: Path) -> Path:
     """A small SDXL with random weights, saved as training saves it: 16 px images, four channels of latents."""
     from builder.models.checkpoint import Checkpoint, Lineage, save_checkpoint
     from builder.models.sdxl import build
     from tests.test_models import ARCHITECTURE
 
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     checkpoint = Checkpoint(
         path,
         classes=HEALING_PHASES,
@@ -88,6 +86,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_checkpoint(build(ARCHITECTURE, 16, 0), checkpoint)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 class Result:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.errors import BuilderError
-from builder.job.pending import all_units
+from builder.job.pending import all_units, committed_units
 from builder.job.plan import Plan, Unit, batches
 
 weights = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -90,3 +91,51 @@ def test_batches_lie_on_the_fixed_grid_and_cover_the_unit(start: int, length: in
     assert all(begin % size == 0 and end - begin == size for begin, end in found)
     assert found[0][1] > start
     assert found[-1][0] < start + length
+
+
+class Shards:
+    """A dataset as far as `committed_units` looks; counts the manifests read."""
+
+    name = "x"
+
+    def __init__(self, units: list[Unit], full: int) -> None:
+        self.units = {unit.number: unit for unit in units}
+        self.info = {"fingerprint_keys": {"images_per_shard": full}}
+        self.read: Counter[int] = Counter()
+
+    def exists(self) -> bool:
+        return True
+
+    def shard_numbers(self) -> list[int]:
+        return sorted(self.units)
+
+    def shard_metadata(self, number: int) -> dict[str, str]:
+        self.read[number] += 1
+        return {"start": str(self.units[number].start), "stop": str(self.units[number].stop)}
+
+
+@given(
+    full=st.integers(1, 9),
+    runs=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    missing=st.sets(st.integers(0, 60)),
+)
+def test_the_ranges_of_committed_units_need_few_manifests(full: int, runs: list[int], missing: set[int]) -> None:
+    """Runs of growing COUNT, each with a tail that may be short; and some shards are not there."""
+    units: list[Unit] = []
+    for images in runs:
+        units = all_units(units, (units[-1].stop if units else 0) + images, full)
+    there = [unit for unit in units if unit.number not in missing]
+    dataset: Any = Shards(there, full)
+    assert committed_units(dataset) == there
+    assert all(times == 1 for times in dataset.read.values())
+
+
+def test_fifty_thousand_full_shards_need_two_manifests_and_each_short_one_some_more() -> None:
+    units = all_units(all_units([], 7_000_000, 200), 10_000_000, 200)
+    dataset: Any = Shards(units, 200)
+    assert committed_units(dataset) == units
+    assert sum(dataset.read.values()) == 2
+    units = all_units(all_units([], 7_000_099, 200), 10_000_000, 200)
+    dataset = Shards(units, 200)
+    assert committed_units(dataset) == units
+    assert sum(dataset.read.values()) < 40

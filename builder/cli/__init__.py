@@ -25,9 +25,10 @@ from builder.cli.metrics import floors, metrics
 from builder.cli.pack import pack
 from builder.cli.score import score
 from builder.cli.shards import regenerate, shards
+from builder.cli.status import status
 from builder.cli.train import train
 from builder.cli.tune import tune_filter
-from builder.errors import BuilderError
+from builder.errors import BuilderError, Terminated
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -46,6 +47,7 @@ for command in (
     checkpoint,
     shards,
     regenerate,
+    status,
     score,
     metrics,
     floors,
@@ -70,9 +72,9 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as stop:
         click.echo("\ninterrupted: what was committed is safe, and the same command continues", err=True)
-        sys.exit(130)
+        sys.exit(stop.exit_code if isinstance(stop, Terminated) else 130)
     except BrokenPipeError:  # who read our output has seen enough (`builder list | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say so again
         sys.exit(1)
@@ -91,4 +93,4 @@ def _fail(what: str, remedy: str) -> NoReturn:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Terminated

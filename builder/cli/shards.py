@@ -28,8 +28,12 @@ if TYPE_CHECKING:
               "latest, epoch=30, step=1200. [default: the config's]")  # fmt: skip
 @click.option("--real", metavar="NAME|PATH", help="Real dataset for panel and gates. [default: the config's]")
 @out_option
-@click.option("--engine", default="local", show_default=True, help="Who runs the units: local (processes), inline.")
+@click.option("--engine", default="auto", show_default=True, help="Who runs the units: local (processes), ranks (this "
+              "process is one of many), ray, inline; auto: ranks where a launcher says so, else local.")  # fmt: skip
 @click.option("--workers", type=int, help="Worker processes. [default: one a GPU, else one a core]")
+@click.option("--address", default="auto", show_default=True, metavar="HOST:PORT", help="Of the Ray cluster.")
+@click.option("--grace", type=click.FloatRange(0), default=30, show_default=True, metavar="SECONDS",
+              help="After SIGTERM, for the units in hand.")  # fmt: skip
 @click.option("--seed", type=int, help="Run seed. [default: the config's]")
 @click.option("--guidance", type=float, help="Guidance scale. [default: the config's]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the config's]")
@@ -37,7 +41,7 @@ if TYPE_CHECKING:
 @guard_options
 def shards(
     phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], name: str | None,
-    checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None,
+    checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None, address: str, grace: float,
     seed: int | None, guidance: float | None, steps: int | None, size: int | None,
     silenced: tuple[str, ...], allow_leak: str | None,
 ) -> None:  # fmt: skip
@@ -55,7 +59,7 @@ def shards(
         raise BuilderError(f"--workers is {workers}", "at least one worker is needed")
 
     from builder.job.devices import default_workers, device_kind
-    from builder.job.engines import engine_of
+    from builder.job.engines import engine_name
     from builder.job.plan import Plan
     from builder.job.run import log_to_file, run_job
     from builder.job.spec import JobSpec
@@ -72,7 +76,7 @@ def shards(
         config.classes.require_same(found.classes, "the config", f"checkpoint '{found.name}'")
     joined = ("" if all(len(code) == 1 for code in codes) else "-").join(codes)
     dataset = Dataset(name or f"{config.name}-{joined}", Storage(out))  # refuses a bad name before anything is written
-    engine_of(engine)
+    engine = engine_name(engine)
     require_scheduler(config.sample.scheduler)
     against = _real_dataset(real or config.real, out, config.classes)
     config = require_no_leak(
@@ -93,7 +97,8 @@ def shards(
     log = log_to_file(spec)
     outcome = run_job(
         spec, count, lineage=asdict(found.lineage), licence=found.licence,
-        engine=engine, workers=workers or default_workers(), say=click.echo,
+        engine=engine, workers=workers or (default_workers() if engine == "local" else 0), say=click.echo,
+        address=address, grace=grace,
     )  # fmt: skip
     if outcome.failed:
         click.echo(f"given up: units {', '.join(map(str, outcome.failed))}; reasons in {log}", err=True)

@@ -11,18 +11,49 @@ from builder.shards.writer import manifest_path
 def committed_units(dataset: Dataset) -> list[Unit]:
     """The units whose manifests are there, in order, with the range of the plan that each holds.
 
-    BuilderError for a manifest that cannot be read or that no batch job wrote.
+    Only a few manifests are read, whatever their number. No unit holds more than `images_per_shard` images, so where
+    two shards are as far apart as full units between them need, all of those are full; else the middle one is read.
+    BuilderError for a manifest, of those, that cannot be read or that no batch job wrote.
     """
-    units = []
-    for number in dataset.shard_numbers():
-        metadata = dataset.shard_metadata(number)
-        if not {"start", "stop"} <= metadata.keys():
-            raise BuilderError(
-                f"{manifest_path(dataset.name, number)} was not written by a batch job",
-                "move it away, or use another --name",
-            )
-        units.append(Unit(number, int(metadata["start"]), int(metadata["stop"])))
-    return units
+    numbers = dataset.shard_numbers()
+    full = dataset.info.get("fingerprint_keys", {}).get("images_per_shard") if numbers and dataset.exists() else None
+    return [_read_unit(dataset, number) for number in numbers] if full is None else _bisected(dataset, numbers, full)
+
+
+def _bisected(dataset: Dataset, numbers: list[int], full: int) -> list[Unit]:
+    found: dict[int, Unit] = {}
+
+    def unit(place: int) -> Unit:
+        number = numbers[place]
+        if number not in found:
+            found[number] = _read_unit(dataset, number)
+        return found[number]
+
+    def between(low: int, high: int) -> None:
+        first, last = unit(low), unit(high)
+        if high - low < 2:
+            return
+        if last.start - first.start == full * (last.number - first.number):
+            for number in numbers[low + 1 : high]:
+                start = first.start + full * (number - first.number)
+                found[number] = Unit(number, start, start + full)
+            return
+        middle = (low + high) // 2
+        between(low, middle)
+        between(middle, high)
+
+    between(0, len(numbers) - 1)
+    return [found[number] for number in numbers]
+
+
+def _read_unit(dataset: Dataset, number: int) -> Unit:
+    metadata = dataset.shard_metadata(number)
+    if not {"start", "stop"} <= metadata.keys():
+        raise BuilderError(
+            f"{manifest_path(dataset.name, number)} was not written by a batch job",
+            "move it away, or use another --name",
+        )
+    return Unit(number, int(metadata["start"]), int(metadata["stop"]))
 
 
 def all_units(committed: list[Unit], count: int, images_per_shard: int) -> list[Unit]:

@@ -7,16 +7,23 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from builder.config import fingerprint
 from builder.errors import BuilderError
-from builder.job.devices import prepare
-from builder.job.engines import engine_of
+from builder.job import stopping
+from builder.job.crew import Alone, Together, alone, together
+from builder.job.devices import device_kind, prepare
+from builder.job.engines import engine_name, engine_of, ranks
+from builder.job.failures import Failures
+from builder.job.launch import Place, place_of
 from builder.job.pending import all_units, committed_units
 from builder.job.plan import Unit
 from builder.job.spec import JobSpec
@@ -25,8 +32,8 @@ from builder.quality.build import build_reference
 from builder.quality.duplicates import mark_duplicates
 from builder.quality.reference import has_reference, load_reference, reference_path, save_reference
 from builder.sampling.seeds import MAX_INDEX
+from builder.shards.commit import STAGED
 from builder.shards.dataset import Dataset, find_dataset
-from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -48,52 +55,51 @@ class Outcome:
 def run_job(
     spec: JobSpec, count: int, *, lineage: dict[str, Any], licence: dict[str, str],
     engine: str = "local", workers: int = 1, say: Callable[[str], None] = print,
+    address: str = "auto", grace: float = 0.0,
 ) -> Outcome:  # fmt: skip
     """Make the first `count` images of the spec's plan, continuing whatever is there.
 
-    `lineage` and `licence` are the checkpoint's and go into dataset.json. Raises BuilderError for a bad count, for
-    settings that differ from those its shards were made with, and for a full disk.
+    `lineage` and `licence` are the checkpoint's and go into dataset.json. `workers`: 0 leaves it to the engine.
+    `grace`: seconds that the units in hand may take after SIGTERM, which ends in Terminated. Raises BuilderError for a
+    bad count, for settings that differ from those its shards were made with, and for a full disk.
     """
     _require_possible(spec, count)
-    run_units = engine_of(engine)
-    dataset = Dataset(spec.name, Storage(spec.out))
-    with exclusive(dataset):
-        info = dataset.info if dataset.exists() else {}
-        if info and (info.get("parent") or "fingerprint_keys" not in info):
-            raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
-        committed = committed_units(dataset)
-        if info and committed:
-            spec.require_same(info["fingerprint_keys"])
-        else:  # without a shard there is nothing to keep: a mistake in the settings may be mended under the same name
-            dataset.storage.remove(reference_path(dataset))
-            info = _new_info(spec, lineage, licence)
-        units = all_units(committed, count, spec.config.shards.images_per_shard)
-        done = {unit.number for unit in committed}
-        pending = [unit for unit in units if unit.number not in done]
+    engine = engine_name(engine)
+    run_alone = engine_of(engine, address) if engine != "ranks" else None
+    dataset = spec.dataset
+    with stopping.graceful(grace), _crew_of(engine, spec, count) as crew:
+        if crew.place.local:
+            say = _to_nobody  # the first rank of a machine speaks for the others
+        info, committed, units = _survey(spec, count)
         total = sum(len(unit) for unit in units)
-        if not pending and info["state"] == "complete":
+        if len(committed) == len(units) and info["state"] == "complete":
             say(f"dataset '{spec.name}' has its {total:,} images already; nothing to do")
             return Outcome(dataset, total, 0, 0, 0.0)
-        if committed and has_reference(dataset):
-            load_reference(dataset)  # scores that can't be continued are said before anything is changed
-        for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
-            dataset.storage.sweep(folder)
-        info["state"] = "partial"
-        if spec.config.allow_leak:
-            info["allow_leak"] = spec.config.allow_leak  # travels with all that is filtered from it
-        dataset.write_info(info)
-        _build_reference(spec, dataset, say)
+        crew.once(
+            "begin",
+            partial(_is_begun, spec, count),
+            lambda: _begin(spec, count, crew, _new_info(spec, lineage, licence), say),
+        )
+        _, committed, units = _survey(spec, count)
+        done = {unit.number for unit in committed}
+        pending = [unit for unit in units if unit.number not in done]
+        failures = Failures(dataset)
         described = _describe(spec, count, units, pending, workers)
         say(described)
         log.info("%s", described)
-        progress = _Progress(total, total - sum(len(unit) for unit in pending), workers)
+        there = total - sum(len(unit) for unit in pending)
+        progress = _Progress(total, there, max(1, workers), failures, crew.place)
         started = time.monotonic()
         try:
             with progress.bar:
-                run_units(spec, pending, workers, progress)
+                if run_alone is not None:
+                    run_alone(spec, pending, workers, progress)
+                elif isinstance(crew, Together):
+                    ranks.run(spec, pending, progress, crew, failures)
         except BaseException as stop:
             log.error("ended before its time: %r", stop)
             raise
+        stopping.leave_if_asked()
         outcome = Outcome(
             dataset, total, progress.made, progress.replaced, time.monotonic() - started, progress.failures
         )
@@ -102,11 +108,76 @@ def run_job(
             outcome.made, outcome.seconds, outcome.replaced, len(outcome.failed),
         )  # fmt: skip
         if not outcome.failed:
-            reference = load_reference(dataset)
-            mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
-            info.update(state="complete", count=total, scores=reference.protocol())
-            dataset.write_info(info)
+            crew.once("finish", lambda: dataset.info["state"] == "complete", lambda: _finish(dataset, total))
         return outcome
+
+
+def _crew_of(engine: str, spec: JobSpec, count: int) -> AbstractContextManager[Alone | Together]:
+    """The process alone, or the rank among its peers; ranks agree in the settings and COUNT."""
+    if engine != "ranks":
+        return alone(spec.dataset)
+    return together(spec.dataset, place_of(), job=fingerprint({**spec.keys(), "count": count}), device=device_kind())
+
+
+def _survey(spec: JobSpec, count: int) -> tuple[dict[str, Any], list[Unit], list[Unit]]:
+    """dataset.json (empty where there is none), the committed units, and all units up to `count`.
+
+    BuilderError when the dataset is no batch job's, or one's with other settings.
+    """
+    dataset = spec.dataset
+    info = dataset.info if dataset.exists() else {}
+    if info and (info.get("parent") or "fingerprint_keys" not in info):
+        raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
+    committed = committed_units(dataset)
+    if info and committed:
+        spec.require_same(info["fingerprint_keys"])
+    return info, committed, all_units(committed, count, spec.config.shards.images_per_shard)
+
+
+def _is_begun(spec: JobSpec, count: int) -> bool:
+    """Whether a peer has prepared the dataset for this job."""
+    dataset = spec.dataset
+    if not dataset.exists() or not has_reference(dataset):
+        return False
+    info = dataset.info
+    return info["state"] == "partial" and info.get("planned") == count and spec.is_same(info["fingerprint_keys"])
+
+
+def _begin(
+    spec: JobSpec, count: int, crew: Alone | Together, new: dict[str, Any], say: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Prepare the dataset for the job: dataset.json, and the reference that its scores are measured by."""
+    dataset = spec.dataset
+    info, committed, _ = _survey(spec, count)
+    if info and not (info.get("planned") == count and spec.is_same(info["fingerprint_keys"])):
+        crew.require_no_other_job(f"dataset '{spec.name}' was begun with another COUNT or other settings")
+    if not (info and committed):
+        # without a shard there is nothing to keep: a mistake in the settings may be mended under the same name
+        dataset.storage.remove(reference_path(dataset))
+        info = new
+    if committed and has_reference(dataset):
+        load_reference(dataset)  # scores that can't be continued are said before anything is changed
+    crew.tidy()
+    info |= {"state": "partial", "planned": count}
+    if spec.config.allow_leak:
+        info["allow_leak"] = spec.config.allow_leak  # travels with all that is filtered from it
+    dataset.write_info(info)
+    _build_reference(spec, dataset, say)
+
+
+def _finish(dataset: Dataset, total: int) -> None:
+    """All units are there: compare the images with each other, and call the dataset complete.
+
+    Leftovers are swept away, also under ranks: what one of them may still be committing is there already.
+    """
+    for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
+        dataset.storage.sweep(folder)
+    dataset.storage.remove(f"manifests/{dataset.name}/{STAGED}")
+    reference = load_reference(dataset)
+    mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
+    info = dataset.info
+    info.pop("planned", None)
+    dataset.write_info(info | {"state": "complete", "count": total, "scores": reference.protocol()})
 
 
 def log_to_file(spec: JobSpec) -> Path:
@@ -115,7 +186,9 @@ def log_to_file(spec: JobSpec) -> Path:
     folder = Path(storage.path("logs") if storage.is_local else "logs")
     folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-    path = folder / f"{spec.name}-{stamp}.log"
+    place = place_of()
+    rank = f"-rank{place.rank}" if place.world > 1 else ""
+    path = folder / f"{spec.name}-{stamp}{rank}.log"
     logging.basicConfig(
         filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
@@ -154,9 +227,12 @@ class Estimate:
 class _Progress:
     """The Report that draws a progress bar and keeps count."""
 
-    def __init__(self, total: int, there: int, workers: int) -> None:
-        self.bar = tqdm(total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05)
-        self.estimate = Estimate(total - there, first=2 * workers)
+    def __init__(self, total: int, there: int, workers: int, failed: Failures, place: Place) -> None:
+        self.bar = tqdm(
+            total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05, disable=place.local > 0
+        )
+        self.estimate = Estimate((total - there) // place.world, first=2 * workers)
+        self.failed_units = failed
         self.made = 0
         self.replaced = 0
         self.failures: dict[int, str] = {}
@@ -173,10 +249,16 @@ class _Progress:
         self.made += len(unit)
         self.replaced += replaced
         self.bar.set_postfix(shard=unit.number)
+        self.failed_units.clear(unit)
+
+    def elsewhere(self, unit: Unit) -> None:
+        """Another rank made it."""
+        self.bar.update(len(unit))
 
     def failed(self, unit: Unit, reason: str) -> None:
         log.error("unit %d given up: %s", unit.number, reason)
         self.failures[unit.number] = reason
+        self.failed_units.record(unit, reason)
 
 
 def _require_possible(spec: JobSpec, count: int) -> None:
@@ -221,16 +303,21 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
     save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size, device=device))
 
 
+def _to_nobody(said: str) -> None:
+    pass
+
+
 def _describe(spec: JobSpec, count: int, units: list[Unit], pending: list[Unit], workers: int) -> str:
     """The plan in words. Disk is estimated from the bytes of a photographic PNG; time comes with the first images."""
     images = sum(len(unit) for unit in pending)
     size = spec.config.sample.size
     phases = ", ".join(f"{code} {n:,}" for code, n in spec.plan.counts(count).items())
     megabytes = images * (PNG_BYTES_PER_PIXEL * size * size + TAR_OVERHEAD) / 1e6
+    by = f"{workers} worker{'s' if workers != 1 else ''}" if workers else "each worker there is"
     return (
         f"dataset '{spec.name}': {count:,} images of {size} px ({phases}) in {len(units)} shards, "
         f"{len(pending)} of them to make\n"
-        f"{images:,} images on {workers} worker{'s' if workers != 1 else ''}, about {megabytes:,.0f} MB; "
+        f"{images:,} images on {by}, about {megabytes:,.0f} MB; "
         f"the time is estimated from the first batches"
     )
 

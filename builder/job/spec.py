@@ -9,6 +9,8 @@ from typing import Any
 from builder.config import Config, fingerprint
 from builder.errors import BuilderError
 from builder.job.plan import Plan
+from builder.shards.dataset import Dataset
+from builder.shards.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class JobSpec:
     dtype: str
     real: str | None
     real_out: str
+
+    @property
+    def dataset(self) -> Dataset:
+        return Dataset(self.name, Storage(self.out))
 
     def keys(self) -> dict[str, Any]:
         """What decides the images, by name. A change of any of them is another dataset."""
@@ -49,9 +55,14 @@ class JobSpec:
     def fingerprint(self) -> str:
         return fingerprint(self.keys())
 
+    def is_same(self, recorded: dict[str, Any]) -> bool:
+        """Whether the recorded keys of a dataset are this job's."""
+        mine = self._plain_keys()
+        return all(recorded.get(key) == value for key, value in mine.items())
+
     def require_same(self, recorded: dict[str, Any]) -> None:
         """Refuse to continue a dataset that other settings made, naming the keys that differ."""
-        mine = json.loads(json.dumps(self.keys()))
+        mine = self._plain_keys()
         changed = [key for key in mine if mine[key] != recorded.get(key)]
         if changed:
             said = "; ".join(f"{key}: {_short(recorded.get(key))} there, {_short(mine[key])} now" for key in changed)
@@ -59,6 +70,11 @@ class JobSpec:
                 f"dataset '{self.name}' was begun with other settings: {said}",
                 f"use the old settings to continue it, another --name, or `builder rm {self.name}` to start over",
             )
+
+    def _plain_keys(self) -> dict[str, Any]:
+        """The keys as JSON gives them back."""
+        keys: dict[str, Any] = json.loads(json.dumps(self.keys()))
+        return keys
 
 
 def _short(value: Any) -> str:

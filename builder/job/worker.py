@@ -70,7 +70,8 @@ class Worker:
             replaced += sum(image.reserve > 0 for image in kept)
             on_batch(len(kept))
         place = {"start": str(unit.start), "stop": str(unit.stop), STAMP: self.reference.version}
-        write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place)
+        if not write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place, shared=True):
+            return replaced  # a peer's shard is there, maybe with other pixels: these features are not of it
         hashes = [sample.row["sha256"] for sample in samples]
         size = self.spec.config.sample.size
         save_features(self.dataset, unit.number, self.scorer.extractor, size, hashes, np.concatenate(features))

@@ -20,19 +20,22 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from builder.errors import BuilderError
-from builder.job.engines import Report
+from builder.job import stopping
+from builder.job.engines import Load, Report, load_worker
+from builder.job.failures import MAX_FAILURES
 from builder.job.plan import Unit
+from builder.job.presence import Presence
 from builder.job.spec import JobSpec
-
-MAX_FAILURES = 3  # of a unit before it is given up; of a worker to load, in a row, before it is not started again
 
 log = logging.getLogger(__name__)
 _context = multiprocessing.get_context("spawn")  # CUDA and torch threads do not survive a fork
 
 
-def run(spec: JobSpec, units: Sequence[Unit], workers: int, report: Report) -> None:
+def run(
+    spec: JobSpec, units: Sequence[Unit], workers: int, report: Report, *, load: Load = load_worker
+) -> None:  # fmt: skip
     """Run `units` on `workers` processes. However this ends, no worker is left behind."""
-    pool = _Pool(spec, units, report)
+    pool = _Pool(spec, units, report, load)
     try:
         for number in range(min(workers, len(units))):
             pool.start(number)
@@ -44,12 +47,12 @@ def run(spec: JobSpec, units: Sequence[Unit], workers: int, report: Report) -> N
 class _Process:
     """A worker process, the pipe to it, and the unit it holds."""
 
-    def __init__(self, spec: JobSpec, number: int) -> None:
+    def __init__(self, spec: JobSpec, number: int, load: Load) -> None:
         self.number = number
         self.unit: Unit | None = None
         self.unit_images = 0
         self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=_work, args=(spec, number, theirs), daemon=True)
+        self.process = _context.Process(target=_work, args=(spec, number, theirs, load), daemon=True)
         self.process.start()
         theirs.close()  # so that the worker's death reads as end of file here
 
@@ -68,7 +71,7 @@ class _Process:
             return "died", f"worker {self.number} died (exit code {self.process.exitcode})"
 
     def stop(self) -> None:
-        self.process.terminate()
+        self.process.kill()  # it does not hear SIGTERM; the commit allows it anywhere
         self.process.join()
         self.connection.close()
 
@@ -76,16 +79,15 @@ class _Process:
 class _Pool:
     """The workers that live, the units that nobody holds, and how often each failed."""
 
-    def __init__(self, spec: JobSpec, units: Sequence[Unit], report: Report) -> None:
-        self.spec = spec
-        self.report = report
+    def __init__(self, spec: JobSpec, units: Sequence[Unit], report: Report, load: Load) -> None:
+        self.spec, self.report, self.load = spec, report, load
         self.queue = deque(units)
         self.workers: list[_Process] = []
         self.failures: Counter[int] = Counter()  # by unit
         self.failed_loads: Counter[int] = Counter()  # by worker, in a row
 
     def start(self, number: int) -> None:
-        self.workers.append(_Process(self.spec, number))
+        self.workers.append(_Process(self.spec, number, self.load))
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -130,15 +132,17 @@ class _Pool:
             self.failed_loads[worker.number] += 1
         else:
             self._take_back(worker, reason)
-        if self.queue and self.failed_loads[worker.number] < MAX_FAILURES:
+        if not self.queue or stopping.asked():
+            return
+        if self.failed_loads[worker.number] < MAX_FAILURES:
             self.start(worker.number)
-        elif self.queue and not self.workers:
+        elif not self.workers:
             raise BuilderError(
                 f"workers die while loading: {reason}", "the run's log has their last words; try fewer --workers"
             )
 
     def _next(self, worker: _Process) -> None:
-        if self.queue:
+        if self.queue and not stopping.asked():
             worker.give(self.queue.popleft())
             return
         self.workers.remove(worker)
@@ -174,27 +178,28 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(spec: JobSpec, number: int, connection: Connection) -> None:
+def _work(spec: JobSpec, number: int, connection: Connection, load: Load) -> None:
     """A worker process: load once, then a unit at a time until None comes or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which stops its workers
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # a terminal and SLURM send them to every process of the job;
+        signal.signal(interrupt, signal.SIG_IGN)  # the parent hears them, too, and stops its workers in its own time
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.basicConfig(handlers=[_ToParent(connection)], level=logging.INFO)  # type: ignore[arg-type]
     from builder.job.devices import prepare
 
     try:
         device = prepare(number)
-        from builder.job.worker import Worker
-
-        worker = Worker(spec, device)
-        connection.send(("ready", None))
-        while (unit := connection.recv()) is not None:
-            try:
-                replaced = worker.make(unit, lambda images: connection.send(("batch", images)))
-                connection.send(("done", replaced))
-            except (BuilderError, BrokenPipeError):
-                raise
-            except Exception:
-                connection.send(("failed", traceback.format_exc()))
+        worker = load(spec, device)
+        with Presence(spec.dataset, f"worker {number}", device) as presence:
+            connection.send(("ready", None))
+            while (unit := connection.recv()) is not None:
+                try:
+                    with presence.making(unit, lambda images: connection.send(("batch", images))) as on_batch:
+                        replaced = worker.make(unit, on_batch)
+                    connection.send(("done", replaced))
+                except (BuilderError, BrokenPipeError):
+                    raise
+                except Exception:
+                    connection.send(("failed", traceback.format_exc()))
     except BuilderError as error:
         connection.send(("error", error))
     except (EOFError, BrokenPipeError):
