@@ -11,8 +11,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from builder.errors import BuilderError
-
-TEMPORARY = ".tmp-"  # prefix of files being written; never read
+from builder.shards.commit import TEMPORARY, create_by_link, fsync_folder
 
 
 class Storage:
@@ -78,7 +77,31 @@ class Storage:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        _fsync_folder(target.parent)
+        fsync_folder(target.parent)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a whole file unless it is there; True when this call made it: of many at once, one hears True.
+
+        Not synced to disk: made for claims, which a power cut may take back.
+        """
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(self.path(relative), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = Path(self.path(relative))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            create_by_link(Path(temporary), target)
+        except FileExistsError:
+            return False
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return True
 
     def sweep(self, folder: str) -> None:
         """Remove what killed processes were writing in a folder; only for who holds the dataset (see shards.lock)."""
@@ -90,11 +113,3 @@ class Storage:
         """Remove a file or a folder with all in it; nothing when it is not there."""
         if self.exists(relative):
             self.fs.rm(self.path(relative), recursive=True)
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

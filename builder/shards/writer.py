@@ -9,6 +9,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from builder.errors import BuilderError
+from builder.shards.commit import Pair, commit
 from builder.shards.schema import member_json, to_table
 from builder.shards.storage import Storage
 
@@ -66,17 +68,25 @@ def manifest_path(dataset: str, number: int) -> str:
 
 
 def write_shard(
-    storage: Storage, dataset: str, number: int, samples: Sequence[Sample], metadata: dict[str, str] | None = None
-) -> None:
+    storage: Storage, dataset: str, number: int, samples: Sequence[Sample], metadata: dict[str, str] | None = None,
+    *, shared: bool = False,
+) -> bool:  # fmt: skip
     """Commit shard `number` of `dataset`. Interrupted anywhere, either nothing is visible or all of it is.
 
-    `metadata` goes into the manifest's schema metadata, beside the tar's SHA-256.
+    `metadata` goes into the manifest's schema metadata, beside the tar's SHA-256. `shared`: others may be making the
+    same shard, even with other bytes; the first stays (see shards.commit), and False says that it is another's.
     """
     tar, rows = _tar(samples, tar_path(dataset, number))
-    table = to_table(rows, {"tar_sha256": hashlib.sha256(tar).hexdigest(), **(metadata or {})})
+    digest = hashlib.sha256(tar).hexdigest()
+    manifest = _encoded(to_table(rows, {"tar_sha256": digest, **(metadata or {})}))
+    paths = tar_path(dataset, number), manifest_path(dataset, number)
     try:
-        storage.write(tar_path(dataset, number), tar)
-        write_manifest(storage, manifest_path(dataset, number), table)
+        if shared and storage.is_local:
+            tar_file, manifest_file = (Path(storage.path(path)) for path in paths)
+            return commit(Pair(tar_file, tar, manifest_file, manifest, digest))
+        storage.write(paths[0], tar)
+        storage.write(paths[1], manifest)
+        return True
     except OSError as error:
         raise BuilderError(
             f"shard {number} of '{dataset}' cannot be written under {storage.root}: {error.strerror or error}",
@@ -101,9 +111,13 @@ def write_shards(
 
 
 def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:
+    storage.write(path, _encoded(table))
+
+
+def _encoded(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    storage.write(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _tar(samples: Sequence[Sample], path: str) -> tuple[bytes, list[dict[str, Any]]]:
