@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -15,6 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 from builder.errors import BuilderError
 from builder.shards.commit import TEMPORARY, create_by_link, fsync_folder
 from builder.shards.stores import connect, explained
+
+READERS = 16  # files read at once from an object store
 
 
 class Storage:
@@ -101,6 +107,26 @@ class Storage:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
+    def read_many(self, relatives: Sequence[str]) -> Iterator[bytes | OSError]:
+        """The bytes of files, in order, or why one cannot be read; on object stores several are read at once, ahead."""
+        if self.is_local:
+            yield from map(self._read_or_error, relatives)
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[Future[bytes | OSError]] = deque()
+            for relative in relatives:
+                waiting.append(pool.submit(self._read_or_error, relative))
+                if len(waiting) > READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _read_or_error(self, relative: str) -> bytes | OSError:
+        try:
+            return self.read(relative)
+        except OSError as error:
+            return error
+
     def open(self, relative: str) -> BinaryIO:
         """A file to read here and there, as Parquet is read."""
         if self.is_local:
@@ -114,12 +140,25 @@ class Storage:
             with explained(self.root, writing=True):
                 self.fs.pipe_file(self.path(relative), data, **self._whole(data))
             return
+        self._replace(relative, lambda file: file.write(data))
+
+    def write_file(self, relative: str, source: Path) -> None:
+        """As `write`, from a file, however large; on object stores in parts, which a failure takes away again."""
+        if not self.is_local:
+            with explained(self.root, writing=True):
+                self.fs.put_file(str(source), self.path(relative))
+            return
+        with open(source, "rb") as whole:
+            self._replace(relative, lambda file: shutil.copyfileobj(whole, file))
+
+    def _replace(self, relative: str, fill: Callable[[BinaryIO], object]) -> None:
+        """A local file, through a temporary name: what is visible is the old one or, whole and on disk, the new one."""
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                fill(cast(BinaryIO, file))
                 file.flush()
                 os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
@@ -171,14 +210,25 @@ class Storage:
 
     def _whole(self, data: bytes) -> dict[str, int]:
         """Arguments that make an upload a single PUT: of one in parts, a killed process would leave parts behind."""
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        return {"chunksize": len(data) + 1} if protocols & {"s3", "gs"} else {}
+        return {"chunksize": len(data) + 1} if self._is("s3") or self._is("gs") else {}
+
+    def _is(self, protocol: str) -> bool:
+        names = self.fs.protocol
+        return protocol in ((names,) if isinstance(names, str) else names)
 
     def sweep(self, folder: str) -> None:
         """Remove what killed processes were writing in a folder; only for who holds the dataset (see shards.lock)."""
         if self.is_local and self.exists(folder):
             for file in Path(self.path(folder)).glob(f"{TEMPORARY}*"):
                 file.unlink(missing_ok=True)
+        elif self._is("s3"):
+            bucket, _, prefix = self.path(folder).partition("/")
+            with explained(self.root, writing=True):
+                found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+                for upload in found.get("Uploads", []):
+                    place = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    with suppress(FileNotFoundError):
+                        self.fs.call_s3("abort_multipart_upload", **place)
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""

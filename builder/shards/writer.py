@@ -63,8 +63,12 @@ def tar_path(dataset: str, number: int) -> str:
     return f"shards/{dataset}/{shard_name(number)}.tar"
 
 
+def manifest_name(number: int) -> str:
+    return f"{shard_name(number)}.parquet"
+
+
 def manifest_path(dataset: str, number: int) -> str:
-    return f"manifests/{dataset}/{shard_name(number)}.parquet"
+    return f"manifests/{dataset}/{manifest_name(number)}"
 
 
 def write_shard(
