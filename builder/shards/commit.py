@@ -12,8 +12,8 @@ An attempt X stages its tar TX and its manifest MX under names of its own, then
   4. links MX to M, which fails when M is there.
 Steps 3 and 4 fail when X was revoked (their source is gone); X then stages anew.
 
-Why M always finds its own tar: take attempts X and Y with different bytes, where X has linked MX. Both stage before they
-look, so one of them looks after the other has staged.
+Why M always finds its own tar: take attempts X and Y with different bytes, where X has linked MX. Both stage before
+they look, so one of them looks after the other has staged.
 - X saw Y staged: it removed TY before it renamed TX, so if Y renamed TY at all, it did so before, and T is X's.
 - Y saw X staged: it removed MX, so X did not link it; or M was there already, so Y gave up at 2 before it touched T.
 - Y looked when MX was gone again: X had linked it or was revoked by another, and Y gave up at 2, or X has no M.

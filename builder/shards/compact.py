@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
-from builder.shards.index import INDEX, Entry, footer
+from builder.shards.index import INDEX, Entry, footer, open_index
 from builder.shards.schema import SCHEMA
 from builder.shards.writer import manifest_name
 
 GROUP = 50_000  # rows of a row group, about; some 40 MB with all columns
 
 
-class _Wider(Exception):
+class _WiderError(Exception):
     """A manifest has a column that the index, as it is being written, has not."""
 
     def __init__(self, fields: list[pa.Field]) -> None:
@@ -39,14 +39,25 @@ def compact(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> 
             try:
                 rows = _write(dataset, schema, path, on_shard)
                 break
-            except _Wider as wider:
+            except _WiderError as wider:
                 schema = pa.schema([*schema, *wider.fields])
         dataset.storage.write_file(f"manifests/{dataset.name}/{INDEX}", path)
     return rows
 
 
-def has_index(dataset: Dataset) -> bool:
-    return dataset.storage.exists(f"manifests/{dataset.name}/{INDEX}")
+def in_step(dataset: Dataset) -> bool | None:
+    """Whether the index covers just the shards there are, as they are; None when there is no index."""
+    stamps = dataset.stamps()
+    if INDEX not in stamps:
+        return None
+    index = open_index(dataset.storage, dataset.name, stamps)
+    return index is not None and len(index) == index.covers == len(dataset.shard_numbers(stamps))
+
+
+def keep_in_step(dataset: Dataset) -> None:
+    """Write the index anew where there is one and it is out of step: for commands that change manifests."""
+    if in_step(dataset) is False:
+        compact(dataset)
 
 
 def _write(dataset: Dataset, schema: pa.Schema, path: Path, on_shard: Callable[[], object]) -> int:
@@ -58,7 +69,7 @@ def _write(dataset: Dataset, schema: pa.Schema, path: Path, on_shard: Callable[[
         for number, table in dataset.tables(stamps=stamps):
             added = [field for field in table.schema if schema.get_field_index(field.name) < 0]
             if added:
-                raise _Wider(added)
+                raise _WiderError(added)
             metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
             size, stamp = stamps[manifest_name(number)]
             entries.append(Entry(number, size, stamp, group, start, table.num_rows, metadata))

@@ -82,7 +82,7 @@ class Storage:
             if name.endswith(suffix) and entry["type"] == "file" and not name.startswith(TEMPORARY)
         }
 
-    def _names(self, folder: str) -> list[str]:
+    def _names(self, folder: str) -> Sequence[str]:
         if not self.is_local:
             return [PurePosixPath(entry["name"]).name for entry in self._entries(folder)]
         try:
@@ -90,10 +90,11 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def _entries(self, folder: str) -> list[dict[str, Any]]:
+    def _entries(self, folder: str) -> Sequence[dict[str, Any]]:
         try:
             with explained(self.root):
-                return list(self.fs.ls(self.path(folder), detail=True, refresh=True))
+                entries: Sequence[dict[str, Any]] = self.fs.ls(self.path(folder), detail=True, refresh=True)
+                return entries
         except (FileNotFoundError, NotADirectoryError):
             return []
 

@@ -40,9 +40,9 @@ def connect(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(root, **OPTIONS.get(scheme, {}))
     except ImportError:
-        package = PACKAGES.get(scheme, "")
-        remedy = f"pip install 'builder[{EXTRAS[package]}]' (or {package})" if package else f"install what {scheme} needs"
-        raise BuilderError(f"cannot open '{root}': {package or 'a package'} is not installed", remedy) from None
+        package = PACKAGES.get(scheme, f"the fsspec package for {scheme}")
+        remedy = f"pip install 'builder[{EXTRAS[package]}]'" if package in EXTRAS else "install it"
+        raise BuilderError(f"cannot open '{root}': {package} is not installed", remedy) from None
     except ValueError as error:
         raise BuilderError(f"cannot open '{root}': {error}", "give a folder, s3://BUCKET/PREFIX or gs://...") from None
     if scheme in ("s3", "s3a"):
@@ -79,7 +79,7 @@ def explained(root: str, *, writing: bool = False) -> Iterator[None]:
         what = f"cannot {'write to' if writing else 'read from'} {root}: {_short(error)}"
         if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {error}".lower():
             remedy = CREDENTIALS.get(scheme, "check your credentials")
-            raise BuilderError(what, f"{remedy}; the account must be allowed to list, read, write and delete") from error
+            raise BuilderError(what, f"{remedy}; you must be allowed to list, read, write and delete there") from error
         raise BuilderError(
             what, "check the address and the network; what was committed is safe, and the same command continues"
         ) from error

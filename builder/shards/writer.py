@@ -123,9 +123,9 @@ def _commit_objects(storage: Storage, paths: tuple[str, str], tar: bytes, manife
 
 
 def recorded_metadata(manifest: bytes) -> dict[str, str]:
-    """What rides in the schema metadata of a manifest (a Parquet file's bytes); pyarrow's error when it can't be read."""
+    """What rides in the schema metadata of a manifest, of its bytes; pyarrow's error when they are none."""
     found = pq.read_schema(io.BytesIO(manifest)).metadata or {}
-    return {key.decode(): value.decode() for key, value in found.items() if not key.startswith(b"ARROW")}
+    return {key.decode(): value.decode() for key, value in found.items()}
 
 
 def write_shards(
