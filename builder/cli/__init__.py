@@ -20,7 +20,7 @@ from builder.cli.ablate import ablate
 from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
 from builder.cli.filter import filter_
-from builder.cli.inspect import list_, rm, sheet, verify
+from builder.cli.inspect import compact, list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
 from builder.cli.pack import pack
 from builder.cli.score import score
@@ -54,6 +54,7 @@ for command in (
     filter_,
     tune_filter,
     verify,
+    compact,
     list_,
     rm,
     sheet,

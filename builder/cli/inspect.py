@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import posixpath
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from builder.cli.options import dataset_argument, out_option, partial_option
 from builder.errors import BuilderError
+
+if TYPE_CHECKING:
+    from builder.shards.dataset import Dataset
+    from builder.shards.verify import Report
 
 
 @click.command("list")
@@ -39,28 +45,103 @@ def list_(out: str) -> None:
 
 @click.command()
 @dataset_argument
+@click.option("--fast", is_flag=True, help="Read manifests only: of tars no more than their sizes.")
+@click.option("--repair", is_flag=True, help="Remove damaged shards, and make them again as they were.")
+@click.option("--checkpoint", metavar="NAME|DIR", help="With --repair: where the checkpoint is now.")
+@click.option("--real", metavar="NAME|PATH", help="With --repair: where the real dataset of its scores is now.")
 @out_option
 @partial_option
-def verify(dataset: str | None, out: str, partial: bool) -> None:
+def verify(
+    dataset: str | None, fast: bool, repair: bool, checkpoint: str | None, real: str | None, out: str, partial: bool
+) -> None:
     """Check every shard against its manifest; exit 1 and a list when anything is off."""
-    from tqdm import tqdm
-
+    from builder.shards.compact import in_step
     from builder.shards.dataset import find_dataset
-    from builder.shards.verify import stray_tars, verify_dataset
+    from builder.shards.verify import stray_tars
 
-    found = find_dataset(dataset, out, partial=partial)
-    numbers = found.shard_numbers()
-    with tqdm(total=len(numbers), unit=" shards", desc=f"verify {found.name}") as bar:
-        findings = verify_dataset(found, bar.update)
+    found = find_dataset(dataset, out, partial=partial or repair)
+    report = _check(found, fast)
     for path in stray_tars(found):
         click.echo(f"note: {path} has no manifest: a killed run's leftover, replaced when the run continues")
-    for finding in findings:
-        click.echo(finding)
-    if findings:
-        click.echo(f"dataset '{found.name}': {len(findings)} findings", err=True)
+    if in_step(found) is False:
+        click.echo(f"note: the index is not used for all shards: `builder compact {found.name}` brings it in step")
+    if report.findings and repair:
+        _repair(found, report, checkpoint, real)
+        report = _check(found, fast)
+    if report.findings:
+        click.echo(f"dataset '{found.name}': {len(report.findings)} findings", err=True)
         sys.exit(1)
-    images = sum(found.shard_table(number, ["key"]).num_rows for number in numbers)
-    click.echo(f"dataset '{found.name}': {images:,} images in {len(numbers)} shards, all as its manifests say")
+    said = "all of the sizes that its manifests say" if fast else "all as its manifests say"
+    click.echo(f"dataset '{found.name}': {report.images:,} images in {len(found.shard_numbers())} shards, {said}")
+
+
+def _check(dataset: Dataset, fast: bool) -> Report:
+    from tqdm import tqdm
+
+    from builder.shards.verify import check_dataset
+
+    with tqdm(total=len(dataset.shard_numbers()), unit=" shards", desc=f"verify {dataset.name}") as bar:
+        report = check_dataset(dataset, bar.update, fast=fast)
+    for finding in report.findings:
+        click.echo(finding)
+    return report
+
+
+def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str | None) -> None:
+    """Remove the damaged shards of a batch job's dataset, and have the job make what is missing."""
+    from builder.shards.repair import drop_shards, how_to_remake, is_of_a_job
+
+    if not is_of_a_job(dataset):
+        raise BuilderError(
+            f"the shards of '{dataset.name}' can't be made again one by one: nothing was removed",
+            f"make it again: {how_to_remake(dataset)}",
+        )
+    from builder.job.devices import default_workers
+    from builder.job.regenerate import recorded_spec
+    from builder.job.run import run_job
+    from builder.quality.reference import load_reference
+    from builder.shards.compact import keep_in_step
+    from builder.shards.dataset import find_dataset
+
+    numbers, info = sorted(report.shards), dataset.info
+    if "count" not in info:  # never finished: how far it was to go, only its command knows
+        drop_shards(dataset, numbers)
+        raise BuilderError(
+            f"removed the damaged shards {', '.join(map(str, numbers))} of '{dataset.name}'",
+            "run its `builder shards` command again: it makes them, and the rest",
+        )
+    against = find_dataset(real or load_reference(dataset).against, dataset.storage.root)
+    spec, _ = recorded_spec(dataset, checkpoint, posixpath.join(against.storage.root, against.name))
+    drop_shards(dataset, numbers)
+    click.echo(f"removed {len(numbers)} damaged shards: {', '.join(map(str, numbers)) or 'none'}")
+    outcome = run_job(
+        spec, info["count"], lineage=info["lineage"], licence=info["licence"],
+        engine="inline" if len(numbers) == 1 else "local", workers=default_workers(), say=click.echo,
+    )  # fmt: skip
+    if outcome.failed:
+        raise BuilderError(f"units {', '.join(map(str, outcome.failed))} were given up", "try again")
+    keep_in_step(dataset)
+
+
+@click.command()
+@dataset_argument
+@out_option
+@partial_option
+def compact(dataset: str | None, out: str, partial: bool) -> None:
+    """Write one index over the many small manifests of a dataset: commands then read it instead.
+
+    What changes later is noticed and read from its own manifest; `builder shards` and `score` bring the index in step.
+    """
+    from tqdm import tqdm
+
+    from builder.shards.compact import compact as write
+    from builder.shards.dataset import find_dataset
+    from builder.shards.index import INDEX
+
+    found = find_dataset(dataset, out, partial=partial)
+    with tqdm(total=len(found.shard_numbers()), unit=" shards", desc=f"compact {found.name}") as bar:
+        rows = write(found, bar.update)
+    click.echo(f"wrote {found.storage.shown(f'manifests/{found.name}/{INDEX}')}: {rows:,} rows")
 
 
 @click.command()

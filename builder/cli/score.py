@@ -33,6 +33,7 @@ def score(
     from builder.config import load_config
     from builder.job.devices import prepare
     from builder.quality.score_dataset import score_dataset
+    from builder.shards.compact import keep_in_step
     from builder.shards.dataset import find_dataset
     from builder.shards.foreign import adopt, is_foreign
     from builder.shards.storage import Storage
@@ -45,4 +46,5 @@ def score(
     else:
         found = find_dataset(dataset, out, partial=partial)
     score_dataset(found, real, config.score, device=prepare(0))
+    keep_in_step(found)
     click.echo(f"dataset '{found.name}' is scored against '{real.name}'")

@@ -67,6 +67,7 @@ def shards(
     from builder.models.guards import before_job, leak_of_job
     from builder.sampling.device import dtype_name, resolve_dtype
     from builder.sampling.schedulers import require_scheduler
+    from builder.shards.compact import keep_in_step
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
 
@@ -100,6 +101,7 @@ def shards(
         engine=engine, workers=workers or (default_workers() if engine == "local" else 0), say=click.echo,
         address=address, grace=grace,
     )  # fmt: skip
+    keep_in_step(dataset)
     if outcome.failed:
         click.echo(f"given up: units {', '.join(map(str, outcome.failed))}; reasons in {log}", err=True)
         click.echo("run the same command again to try them once more", err=True)
@@ -110,7 +112,8 @@ def shards(
             f"made {outcome.made:,} images in {outcome.seconds:,.0f} s ({rate:.1f} images/s), "
             f"{outcome.replaced} replaced from reserve seeds; log: {log}"
         )
-    click.echo(f"dataset '{spec.name}' is complete: {outcome.images:,} images in {Path(out) / 'shards' / spec.name}")
+    where = dataset.storage.shown(f"shards/{spec.name}")
+    click.echo(f"dataset '{spec.name}' is complete: {outcome.images:,} images in {where}")
 
 
 @click.command()

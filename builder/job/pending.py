@@ -61,15 +61,19 @@ def all_units(committed: list[Unit], count: int, images_per_shard: int) -> list[
 
     Shards hold `images_per_shard` images each; only the last one of a run may hold fewer. A committed tail stays as
     it is and the extension starts a new shard behind it; a tail that was never committed is planned anew.
-    Nothing beyond the last committed shard is given up: gaps below it are filled too.
+    Nothing beyond the last committed shard is given up: gaps below it are filled too, by as many units as are missing.
     """
     done = {unit.number: unit for unit in committed}
+    left = sorted(committed, key=lambda unit: -unit.number)
     end = max([count, *(unit.stop for unit in committed)])
     units: list[Unit] = []
     start = 0
     while start < end:
         number = len(units)
-        unit = done.get(number) or Unit(number, start, min(start + images_per_shard, end))
+        while left and left[-1].number < number:
+            left.pop()
+        bound = left[-1].start - (left[-1].number - number - 1) if left else end  # each missing unit has an image
+        unit = done.get(number) or Unit(number, start, min(start + images_per_shard, max(bound, start + 1)))
         if unit.start != start:
             raise BuilderError(
                 f"shard {number} begins at image {unit.start} of the plan, where {start} was due",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from builder.job.run import VERSIONS
 from builder.job.spec import JobSpec
 from builder.shards.dataset import Dataset
 from builder.shards.writer import pixel_sha256
+
+if TYPE_CHECKING:
+    from builder.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -29,40 +32,53 @@ class Comparison:
     pixels: np.ndarray
 
 
+def recorded_spec(
+    dataset: Dataset, checkpoint: str | None = None, real: str | None = None
+) -> tuple[JobSpec, Checkpoint]:
+    """The job that made `dataset`, as dataset.json records it, and its checkpoint (default: where it was then).
+
+    real: the dataset that its scores are measured against; not needed to make images alone. BuilderError when no job
+    made the dataset, or the checkpoint is not there or has other weights.
+    """
+    from builder.models.checkpoint import resolve
+
+    info = dataset.info
+    if "fingerprint_keys" not in info:
+        raise BuilderError(
+            f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
+        )
+    keys = info["fingerprint_keys"]
+    found = resolve(checkpoint or info["checkpoint"], run=info["checkpoint"])
+    if found.sha256 != keys["checkpoint"]:
+        raise BuilderError(
+            f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"
+        )
+    config = config_from_json(info["config"])
+    spec = JobSpec(
+        config=replace(config, sample=replace(config.sample, dtype=keys["dtype"])),  # 'auto' may mean another here
+        plan=Plan(tuple(keys["phases"]), tuple(keys["weights"])),
+        name=dataset.name,
+        out=dataset.storage.root,
+        checkpoint=str(found.path),
+        checkpoint_sha256=found.sha256,
+        dtype=keys["dtype"],
+        real=real,
+        real_out=dataset.storage.root,
+    )
+    return spec, found
+
+
 class Regenerator:
     """Replays images of one synthetic dataset, from the recorded checkpoint or a given one with the same weights."""
 
     def __init__(self, dataset: Dataset, checkpoint: str | None = None) -> None:
         from builder.job.devices import prepare
-        from builder.models.checkpoint import resolve
         from builder.sampling.sampler import load_sampler
 
-        info = dataset.info
-        if "fingerprint_keys" not in info:
-            raise BuilderError(
-                f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
-            )
-        keys = info["fingerprint_keys"]
-        found = resolve(checkpoint or info["checkpoint"], run=info["checkpoint"])
-        if found.sha256 != keys["checkpoint"]:
-            raise BuilderError(
-                f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"
-            )
-        config = config_from_json(info["config"])
         self.dataset = dataset
-        self.spec = JobSpec(
-            config=replace(config, sample=replace(config.sample, dtype=keys["dtype"])),  # 'auto' may mean another here
-            plan=Plan(tuple(keys["phases"]), tuple(keys["weights"])),
-            name=dataset.name,
-            out=dataset.storage.root,
-            checkpoint=str(found.path),
-            checkpoint_sha256=found.sha256,
-            dtype=keys["dtype"],
-            real=None,
-            real_out="",
-        )
+        self.spec, found = recorded_spec(dataset, checkpoint)
         self.sampler = load_sampler(found, self.spec.config, prepare(0))
-        self.versions = info["versions"]
+        self.versions = dataset.info["versions"]
 
     def row(self, key: str) -> dict[str, Any]:
         """The manifest row of a key; BuilderError when the dataset has none."""

@@ -16,14 +16,16 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from builder.errors import BuilderError
-from builder.shards.dataset import Dataset, resize
+from builder.shards.dataset import OTHER_PIXELS, Dataset, resize
+from builder.shards.writer import pixel_sha256
 
-COLUMNS = ("key", "label", "shard", "offset", "size", "split", "width", "height")
+COLUMNS = ("key", "label", "shard", "offset", "size", "split", "width", "height", "sha256")
+HASH = 16  # hex digits of the pixels' SHA-256 that are kept of each sample: a tar of another run has other pixels
 OPEN_FILES = 128  # tars kept open by each process
 
 
 class Source:
-    """The samples of a dataset as columns (about 50 bytes a sample); rows are numbered in manifest order."""
+    """The samples of a dataset as columns (about 60 bytes a sample); rows are numbered in manifest order."""
 
     def __init__(self, dataset: Dataset, split: str | None = None) -> None:
         """All samples, or those of one split. BuilderError when there are none."""
@@ -46,6 +48,7 @@ class Source:
         self.offset = table["offset"].to_numpy().astype(np.int64)
         self.size = table["size"].to_numpy().astype(np.int32)
         self.labels = table["label"].to_numpy().astype(np.int16)
+        self.hashes = _hashes(table["sha256"])
         width, height = table["width"], table["height"]
         self.dimensions = (pc.min(width).as_py(), pc.min(height).as_py(), pc.max(width).as_py(), pc.max(height).as_py())
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -61,9 +64,13 @@ class Source:
             os.close(file)
 
     @property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.shard, self.offset, self.size, self.labels, self.hashes
+
+    @property
     def nbytes(self) -> int:
         """Memory of the columns."""
-        return int(self.keys.nbytes + sum(c.nbytes for c in (self.shard, self.offset, self.size, self.labels)))
+        return int(self.keys.nbytes + sum(c.nbytes for c in self._columns))
 
     def members(self, classes: int) -> list[np.ndarray]:
         """The rows (int32) of each class. BuilderError for a label outside the class table."""
@@ -76,11 +83,14 @@ class Source:
     def pixels(self, row: int, size: int | None) -> np.ndarray:
         """The image of a row, uint8 RGB [H, W, 3]; resized to [size, size, 3] unless `size` is None.
 
-        BuilderError names shard and key when the tar is missing or cut short, or the image cannot be decoded.
+        BuilderError names shard and key when the tar is missing, cut short or of another run, or the image cannot be
+        decoded.
         """
         try:
             with Image.open(io.BytesIO(self._payload(row))) as image:
                 pixels = np.asarray(image.convert("RGB"))
+            if int(pixel_sha256(pixels)[:HASH], 16) != self.hashes[row]:
+                raise ValueError(OTHER_PIXELS)
         except (OSError, SyntaxError, ValueError) as error:
             where = f"{self.keys[row].as_py()} in {self.shards[self.shard[row]]}"
             raise BuilderError(
@@ -106,3 +116,9 @@ class Source:
             self._files[shard] = os.open(self.storage.path(self.shards[shard]), os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def _hashes(sha256: pa.ChunkedArray) -> np.ndarray:
+    """The first HASH hex digits of each, as numbers: uint64 [N]."""
+    digits = "".join(pc.utf8_slice_codeunits(sha256, 0, HASH).to_pylist())
+    return np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64)

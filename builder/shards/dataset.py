@@ -20,10 +20,13 @@ from PIL import Image
 
 from builder.errors import BuilderError, did_you_mean
 from builder.phases import ClassTable
+from builder.shards.index import Stamps, open_index
 from builder.shards.storage import Storage
-from builder.shards.writer import manifest_path
+from builder.shards.writer import manifest_path, pixel_sha256
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a tar's member has room for 100 characters: name, class code and index
+SHARD = re.compile(r"shard-\d{6,}\.parquet")  # the name of a manifest
+OTHER_PIXELS = "its pixels are not those of the manifest: the tar is of another run, or damaged"
 REQUIRED = ("state", "origin", "classes")  # of dataset.json
 
 
@@ -88,16 +91,18 @@ class Dataset:
 
     # -- manifests ------------------------------------------------------------------------------------------------
 
-    def shard_numbers(self) -> list[int]:
+    def shard_numbers(self, stamps: Stamps | None = None) -> list[int]:
         """The committed shards, in order."""
-        names = self.storage.list(f"manifests/{self.name}", ".parquet")
-        return sorted(int(name[6:-8]) for name in names if re.fullmatch(r"shard-\d{6,}\.parquet", name))
+        names = self.storage.list(f"manifests/{self.name}", ".parquet") if stamps is None else stamps
+        return sorted(int(name[6:-8]) for name in names if SHARD.fullmatch(name))
+
+    def stamps(self) -> Stamps:
+        """Size and stamp of every manifest, and of the index if there is one; see Storage.stamps."""
+        return self.storage.stamps(f"manifests/{self.name}", ".parquet")
 
     def shard_table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The manifest of one shard: one row per image; see shards.schema."""
-        with self._manifest(number) as file:
-            # A third of the time that pq.read_table takes, and threads don't pay for a few hundred rows.
-            return pq.ParquetFile(file).read(columns=list(columns) if columns else None, use_threads=False)
+        return self.parse(number, self._read(number), columns)
 
     def shard_metadata(self, number: int) -> dict[str, str]:
         """What rides in a manifest's schema metadata: tar_sha256, for synthetic shards also start and stop."""
@@ -105,26 +110,61 @@ class Dataset:
         return {key.decode(): value.decode() for key, value in found.items()}
 
     def shard_schema(self, number: int) -> pa.Schema:
-        with self._manifest(number) as file:
-            return pq.read_schema(file)
+        with self._explained(number):
+            return pq.read_schema(io.BytesIO(self._read(number)))
 
-    @contextmanager
-    def _manifest(self, number: int) -> Iterator[io.BytesIO]:
-        path = manifest_path(self.name, number)
-        try:
-            yield io.BytesIO(self.storage.read(path))
-        except (pa.ArrowException, OSError) as error:
-            raise BuilderError(
-                f"{path} cannot be read: {error}",
-                "remove this file: its shard is then not there, and `builder shards` makes it again",
-            ) from None
+    def tables(
+        self, columns: Sequence[str] | None = None, stamps: Stamps | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Number and manifest of each committed shard, in order, of which few are in memory at once.
+
+        From the index where that is in step, else from the manifests, read ahead. `stamps`: as they were just read.
+        """
+        stamps = self.stamps() if stamps is None else stamps
+        index, numbers = open_index(self.storage, self.name, stamps), self.shard_numbers(stamps)
+        others = [number for number in numbers if index is None or number not in index]
+        read = self.storage.read_many([manifest_path(self.name, number) for number in others])
+        chosen = None if columns is None else tuple(columns)
+        for number in numbers:
+            if index is not None and number in index:
+                yield number, index.table(number, chosen)
+            else:
+                yield number, self.parse(number, next(read), chosen)
+
+    def metadatas(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Number and schema metadata of each committed shard, in order; as `tables`, without rows."""
+        for number, table in self.tables(()):
+            yield number, {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of all committed shards, in order."""
-        tables = [self.shard_table(number, columns).replace_schema_metadata() for number in self.shard_numbers()]
+        tables = [table.replace_schema_metadata() for _, table in self.tables(columns)]
         if not tables:
             raise BuilderError(f"dataset '{self.name}' has no shards yet", "run the command that makes it to its end")
         return pa.concat_tables(tables, promote_options="default")
+
+    def parse(self, number: int, manifest: bytes | OSError, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a manifest, of its bytes. BuilderError when these are none, or not a manifest's."""
+        with self._explained(number):
+            if isinstance(manifest, OSError):
+                raise manifest
+            # A third of the time that pq.read_table takes, and threads don't pay for a few hundred rows.
+            file = pq.ParquetFile(io.BytesIO(manifest))
+            return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+    def _read(self, number: int) -> bytes:
+        with self._explained(number):
+            return self.storage.read(manifest_path(self.name, number))
+
+    @contextmanager
+    def _explained(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise BuilderError(
+                f"{manifest_path(self.name, number)} cannot be read: {error}",
+                f"run `builder verify {self.name} --repair`, or remove this file: its shard is then not there",
+            ) from None
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -133,10 +173,16 @@ class Dataset:
         return self.storage.read(row["shard"], row["offset"], row["size"])
 
     def pixels(self, row: dict[str, Any]) -> np.ndarray:
-        """The image of a manifest row: uint8 RGB [H, W, 3]. BuilderError names shard and key when it can't be read."""
+        """The image of a manifest row: uint8 RGB [H, W, 3].
+
+        BuilderError names shard and key when it can't be read, or (where the row has `sha256`) its pixels are others.
+        """
         try:
             with Image.open(io.BytesIO(self.payload(row))) as image:
-                return np.asarray(image.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))
+            if "sha256" in row and pixel_sha256(pixels) != row["sha256"]:
+                raise ValueError(OTHER_PIXELS)
+            return pixels
         except (OSError, SyntaxError, ValueError) as error:
             where = f"{row['key']} in {row['shard']}"
             raise BuilderError(

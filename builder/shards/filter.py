@@ -25,8 +25,7 @@ def judge_dataset(dataset: Dataset, criteria: Criteria) -> Judgement:
     BuilderError when a score that is asked for was never computed, or the scores are of several versions.
     """
     reader, parts, versions = Facts(criteria), [], set()
-    for number in dataset.shard_numbers():
-        table = dataset.shard_table(number, reader.columns)
+    for _, table in dataset.tables(reader.columns):
         versions.add((table.schema.metadata or {}).get(STAMP.encode()))
         parts.append(reader.of(table))
     if not parts:
@@ -129,8 +128,7 @@ def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool)
 def _judged(dataset: Dataset, judgement: Judgement, target: Dataset) -> Iterator[tuple[int, pa.Table]]:
     """Number and accepted rows of each shard; the others are written to the target's rejects."""
     start = 0
-    for number in dataset.shard_numbers():
-        table = dataset.shard_table(number)
+    for number, table in dataset.tables():
         accepted = judgement.accepted[start : start + table.num_rows]
         if len(accepted) < table.num_rows:
             raise BuilderError(f"dataset '{dataset.name}' grew while it was filtered", "filter it again")

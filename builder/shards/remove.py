@@ -35,5 +35,5 @@ def remove_dataset(storage: Storage, name: str, *, force: bool = False) -> list[
 
 def _reads(view: Dataset, name: str) -> bool:
     """Whether a view's rows point into the tars of `name`: of its parent, or of the parent's parent."""
-    tars = (view.shard_table(number, ["shard"])["shard"][0].as_py() for number in view.shard_numbers())
+    tars = (table["shard"][0].as_py() for _, table in view.tables(["shard"]) if table.num_rows)
     return any(tar.startswith(f"shards/{name}/") for tar in tars)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
-from functools import cached_property
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from builder.errors import BuilderError
 from builder.shards.commit import TEMPORARY, create_by_link, fsync_folder
+from builder.shards.stores import connect, explained
+
+READERS = 16  # files read at once from an object store
 
 
 class Storage:
@@ -19,19 +28,19 @@ class Storage:
 
     def __init__(self, root: str | Path = ".") -> None:
         self.root = str(root)
+        self._opened: tuple[int, fsspec.AbstractFileSystem, str] | None = None
 
-    @cached_property
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_opened": None}
+
     def _located(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        try:
-            return fsspec.core.url_to_fs(self.root)
-        except (ImportError, ValueError) as error:
-            raise BuilderError(
-                f"cannot open '{self.root}': {error}", "install the extra for it, e.g. pip install builder[s3]"
-            ) from None
+        if self._opened is None or self._opened[0] != os.getpid():  # connections do not survive a fork
+            self._opened = (os.getpid(), *connect(self.root))
+        return self._opened[1:]
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return self._located[0]
+        return self._located()[0]
 
     @property
     def is_local(self) -> bool:
@@ -39,37 +48,118 @@ class Storage:
 
     def path(self, relative: str) -> str:
         """The full path of a file, as the file system (local: the operating system) knows it."""
-        return str(PurePosixPath(self._located[1]) / relative)
+        return str(PurePosixPath(self._located()[1]) / relative)
+
+    def shown(self, relative: str) -> str:
+        """A path as a user would write it: under the root, as that was given."""
+        return f"{self.root.rstrip('/')}/{relative}" if "://" in self.root else str(Path(self.root) / relative)
 
     def exists(self, relative: str) -> bool:
-        return bool(self.fs.exists(self.path(relative)))
+        if self.is_local:
+            return os.path.exists(self.path(relative))
+        with explained(self.root):
+            return bool(self.fs.exists(self.path(relative)))
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Names in a folder that end in `suffix`, sorted; files being written are left out."""
+        return sorted(name for name in self._names(folder) if name.endswith(suffix) and not name.startswith(TEMPORARY))
+
+    def stamps(self, folder: str, suffix: str) -> dict[str, tuple[int, str]]:
+        """Of the files in a folder: name -> size in bytes, and what changes whenever the file is written anew.
+
+        The second is an object store's checksum or version, or else the time of writing; one listing, nothing is read.
+        """
+        if self.is_local:
+            found = {}
+            for name in self.list(folder, suffix):
+                at = os.stat(self.path(f"{folder}/{name}"))
+                found[name] = at.st_size, f"{at.st_mtime_ns}-{at.st_ino}"  # the clock may stand between two writes
+            return found
+        entries = {PurePosixPath(entry["name"]).name: entry for entry in self._entries(folder)}
+        return {
+            name: (int(entry["size"]), _stamp(entry))
+            for name, entry in sorted(entries.items())
+            if name.endswith(suffix) and entry["type"] == "file" and not name.startswith(TEMPORARY)
+        }
+
+    def _names(self, folder: str) -> Sequence[str]:
+        if not self.is_local:
+            return [PurePosixPath(entry["name"]).name for entry in self._entries(folder)]
         try:
-            entries = self.fs.ls(self.path(folder), detail=False, refresh=True) if not self.is_local else None
-            names = [PurePosixPath(e).name for e in entries] if entries is not None else os.listdir(self.path(folder))
+            return os.listdir(self.path(folder))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name for name in names if name.endswith(suffix) and not name.startswith(TEMPORARY))
+
+    def _entries(self, folder: str) -> Sequence[dict[str, Any]]:
+        try:
+            with explained(self.root):
+                entries: Sequence[dict[str, Any]] = self.fs.ls(self.path(folder), detail=True, refresh=True)
+                return entries
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def read(self, relative: str, offset: int = 0, size: int | None = None) -> bytes:
         """The bytes of a file, or of the range [offset, offset + size)."""
-        with self.fs.open(self.path(relative), "rb") as file:
+        if not self.is_local:
+            with explained(self.root):
+                end = None if size is None else offset + size
+                return bytes(self.fs.cat_file(self.path(relative), start=offset, end=end))
+        with open(self.path(relative), "rb") as file:
             file.seek(offset)
-            return bytes(file.read() if size is None else file.read(size))
+            return file.read() if size is None else file.read(size)
+
+    def read_many(self, relatives: Sequence[str]) -> Iterator[bytes | OSError]:
+        """The bytes of files, in order, or why one cannot be read; on object stores several are read at once, ahead."""
+        if self.is_local:
+            yield from map(self._read_or_error, relatives)
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            waiting: deque[Future[bytes | OSError]] = deque()
+            for relative in relatives:
+                waiting.append(pool.submit(self._read_or_error, relative))
+                if len(waiting) > READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _read_or_error(self, relative: str) -> bytes | OSError:
+        try:
+            return self.read(relative)
+        except OSError as error:
+            return error
+
+    def open(self, relative: str) -> BinaryIO:
+        """A file to read here and there, as Parquet is read."""
+        if self.is_local:
+            return open(self.path(relative), "rb")
+        with explained(self.root):
+            return cast(BinaryIO, self.fs.open(self.path(relative), "rb"))
 
     def write(self, relative: str, data: bytes) -> None:
         """Write a whole file: local through a temporary name, fsync, rename and fsync of the folder; else one PUT."""
         if not self.is_local:
-            self.fs.pipe_file(self.path(relative), data)
+            with explained(self.root, writing=True):
+                self.fs.pipe_file(self.path(relative), data, **self._whole(data))
             return
+        self._replace(relative, lambda file: file.write(data))
+
+    def write_file(self, relative: str, source: Path) -> None:
+        """As `write`, from a file, however large; on object stores in parts, which a failure takes away again."""
+        if not self.is_local:
+            with explained(self.root, writing=True):
+                self.fs.put_file(str(source), self.path(relative))
+            return
+        with open(source, "rb") as whole:
+            self._replace(relative, lambda file: shutil.copyfileobj(whole, file))
+
+    def _replace(self, relative: str, fill: Callable[[BinaryIO], object]) -> None:
+        """A local file, through a temporary name: what is visible is the old one or, whole and on disk, the new one."""
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                fill(cast(BinaryIO, file))
                 file.flush()
                 os.fchmod(file.fileno(), 0o644)
                 os.fsync(file.fileno())
@@ -82,14 +172,20 @@ class Storage:
     def create(self, relative: str, data: bytes) -> bool:
         """Write a whole file unless it is there; True when this call made it: of many at once, one hears True.
 
-        Not synced to disk: made for claims, which a power cut may take back.
+        On object stores a conditional PUT (S3: If-None-Match; Google: generation 0). A store or fsspec file system
+        without it looks first and then writes, so that two at the same moment may both hear True. An answer that was
+        lost on the way is found again by the bytes, so callers who mean to exclude each other write different ones.
+        Locally not synced to disk: made for claims, which a power cut may take back.
         """
         if not self.is_local:
             try:
-                self.fs.pipe_file(self.path(relative), data, mode="create")
+                with explained(self.root, writing=True):
+                    self._create_object(self.path(relative), data)
+                return True
             except FileExistsError:
+                with suppress(FileNotFoundError):
+                    return self.read(relative) == data
                 return False
-            return True
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
@@ -103,13 +199,54 @@ class Storage:
             Path(temporary).unlink(missing_ok=True)
         return True
 
+    def _create_object(self, path: str, data: bytes) -> None:
+        try:
+            self.fs.pipe_file(path, data, mode="create", **self._whole(data))
+        except (NotImplementedError, OSError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno != errno.ENOSYS:
+                raise
+            if self.fs.exists(path):  # the store knows no conditional PUT
+                raise FileExistsError(errno.EEXIST, "is there already", path) from None
+            self.fs.pipe_file(path, data, **self._whole(data))
+
+    def _whole(self, data: bytes) -> dict[str, int]:
+        """Arguments that make an upload a single PUT: of one in parts, a killed process would leave parts behind."""
+        return {"chunksize": len(data) + 1} if self._is("s3") or self._is("gs") else {}
+
+    def _is(self, protocol: str) -> bool:
+        names = self.fs.protocol
+        return protocol in ((names,) if isinstance(names, str) else names)
+
     def sweep(self, folder: str) -> None:
         """Remove what killed processes were writing in a folder; only for who holds the dataset (see shards.lock)."""
         if self.is_local and self.exists(folder):
             for file in Path(self.path(folder)).glob(f"{TEMPORARY}*"):
                 file.unlink(missing_ok=True)
+        elif self._is("s3"):
+            bucket, _, prefix = self.path(folder).partition("/")
+            with explained(self.root, writing=True):
+                found = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+                for upload in found.get("Uploads", []):
+                    place = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                    with suppress(FileNotFoundError):
+                        self.fs.call_s3("abort_multipart_upload", **place)
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
-        if self.exists(relative):
+        if not self.exists(relative):
+            return
+        if self.is_local:
             self.fs.rm(self.path(relative), recursive=True)
+            return
+        with suppress(FileNotFoundError), explained(self.root):
+            self.fs.rm(self.path(relative), recursive=True)
+        if self.exists(relative):  # s3fs passes over objects that were not deleted
+            raise BuilderError(f"{self.shown(relative)} was not removed", "check that you may delete there; try again")
+
+
+def _stamp(entry: dict[str, Any]) -> str:
+    """What tells two writings of an object apart, of fsspec's listing (s3fs, gcsfs, memory, others)."""
+    for key in ("ETag", "md5Hash", "etag", "generation", "LastModified", "mtime", "updated", "created"):
+        if entry.get(key):
+            return str(entry[key]).strip('"')
+    return ""

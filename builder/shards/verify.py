@@ -8,43 +8,82 @@ import json
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
+from builder.shards.index import Stamps
 from builder.shards.schema import member_json
-from builder.shards.writer import pixel_sha256, tar_path
+from builder.shards.writer import manifest_path, pixel_sha256, tar_path
+
+FAST = ("key", "phase", "label", "shard", "offset", "size")  # columns that a look without the tars needs
 
 
-def verify_dataset(dataset: Dataset, on_shard: Callable[[], None] = lambda: None) -> list[str]:
-    """Everything that is off, one line each; an empty list means that all is well.
+@dataclass
+class Report:
+    """What is off: of the dataset as a whole, and of single shards, by their number; one line each."""
+
+    images: int = 0
+    general: list[str] = field(default_factory=list)
+    shards: dict[int, list[str]] = field(default_factory=dict)
+
+    @property
+    def findings(self) -> list[str]:
+        return [*self.general, *(line for number in sorted(self.shards) for line in self.shards[number])]
+
+    def found(self, number: int, lines: list[str]) -> None:
+        if lines:
+            self.shards.setdefault(number, []).extend(lines)
+
+
+def verify_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> list[str]:
+    """Everything that is off, one line each; an empty list means that all is well. See `check_dataset`."""
+    return check_dataset(dataset, on_shard).findings
+
+
+def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: None, *, fast: bool = False) -> Report:
+    """Compare everything on disk with everything else. Needs some 10 bytes of memory an image.
 
     Checked: dataset.json and its lineage; each manifest against its tar (hash, members, place and pixels of every
-    image, label file, JSON); labels against the class table; keys unique; the count; tars without a manifest.
+    image, label file, JSON); labels against the class table; keys unique; the plan without a gap; the count.
+    fast: manifests are read, and of tars only their sizes.
     """
-    findings = _verify_info(dataset)
-    keys: dict[str, int] = {}
-    count = 0
-    for number in dataset.shard_numbers():
+    report = Report(general=_verify_info(dataset))
+    numbers = dataset.shard_numbers()
+    manifests = dataset.storage.read_many([manifest_path(dataset.name, number) for number in numbers])
+    sizes = _Sizes(dataset)
+    keys, ranges = _Keys(), []
+    for number, manifest in zip(numbers, manifests, strict=True):
         try:
-            rows = dataset.shard_table(number).to_pylist()
-            found, seen = _verify_shard(dataset, number, rows), [row["key"] for row in rows]
+            table = dataset.parse(number, manifest, FAST if fast else None)
         except BuilderError as error:
-            found, seen = [error.what], []
-        findings += found
-        for key in seen:
-            if key in keys:
-                findings.append(f"{key}: stands in shard {keys[key]} and in shard {number}")
-            keys[key] = number
-        count += len(seen)
+            report.found(number, [error.what])
+            on_shard()
+            continue
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        rows = table.to_pylist()
+        if fast:
+            report.found(number, _verify_sizes(number, rows, metadata, sizes))
+            report.found(number, [f"{row['key']}: {said}" for row in rows for said in _verify_label(dataset, row)])
+        else:
+            report.found(number, _verify_shard(dataset, number, rows, metadata.get("tar_sha256")))
+        keys.add(number, table["key"])
+        if {"start", "stop"} <= metadata.keys():
+            ranges.append((int(metadata["start"]), int(metadata["stop"])))
+        report.images += table.num_rows
         on_shard()
+    for key, (first, second) in keys.doubled(dataset):
+        report.found(second, [f"{key}: stands in shard {first} and in shard {second}"])
+    report.general += _gaps(ranges) if not dataset.info.get("parent") else []
     recorded = dataset.info.get("count")
-    if dataset.info.get("state") == "complete" and recorded != count:
-        findings.append(f"dataset.json counts {recorded} images, the manifests {count}")
-    return findings
+    if dataset.info.get("state") == "complete" and recorded != report.images:
+        report.general.append(f"dataset.json counts {recorded} images, the manifests {report.images}")
+    return report
 
 
 def stray_tars(dataset: Dataset) -> list[str]:
@@ -63,10 +102,86 @@ def _verify_info(dataset: Dataset) -> list[str]:
     return findings
 
 
-def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]]) -> list[str]:
+class _Keys:
+    """Which keys stand in two places: 8 bytes of memory an image, for a hash of each key."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+        self._numbers: list[int] = []
+
+    def add(self, number: int, keys: pa.ChunkedArray) -> None:
+        self._parts.append(np.fromiter(map(hash, keys.to_pylist()), np.int64, len(keys)))
+        self._numbers.append(number)
+
+    def doubled(self, dataset: Dataset) -> list[tuple[str, tuple[int, int]]]:
+        """Keys that stand twice, each with the two shards; they are read again only where hashes are equal."""
+        if not self._parts:
+            return []
+        hashes = np.sort(np.concatenate(self._parts))
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        del hashes
+        found: list[tuple[str, tuple[int, int]]] = []
+        first: dict[str, int] = {}
+        for number, part in zip(self._numbers, self._parts, strict=True):
+            if not len(twice) or not np.isin(part, twice).any():
+                continue
+            for key in dataset.shard_table(number, ["key"])["key"].to_pylist():
+                if key in first:
+                    found.append((key, (first[key], number)))
+                elif np.isin(np.int64(hash(key)), twice):
+                    first[key] = number
+        return found
+
+
+class _Sizes:
+    """Sizes of the tars that manifests name: of a folder at once, when the first of it is asked for."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._folders: dict[str, Stamps] = {}
+
+    def of(self, path: str) -> int | None:
+        """In bytes; None when there is no such tar."""
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = self._dataset.storage.stamps(folder, ".tar")
+        found = self._folders[folder].get(name)
+        return None if found is None else found[0]
+
+
+def _verify_sizes(number: int, rows: list[dict[str, Any]], metadata: dict[str, str], sizes: _Sizes) -> list[str]:
+    """Findings that need no tar to be read: it is there, of the size that was written, and holds all images' places."""
+    findings = []
+    ends: dict[str, int] = {}
+    for row in rows:
+        ends[row["shard"]] = max(ends.get(row["shard"], 0), row["offset"] + row["size"])
+    for path, end in ends.items():
+        size = sizes.of(path)
+        written = metadata.get("tar_bytes") if len(ends) == 1 else None
+        if size is None:
+            findings.append(f"{path}: missing, though manifest {number} names it")
+        elif written is not None and size != int(written):
+            findings.append(f"{path}: {size:,} bytes, where {int(written):,} were written")
+        elif size < end:
+            findings.append(f"{path}: {size:,} bytes, but an image of manifest {number} ends at {end:,}")
+    return findings
+
+
+def _gaps(ranges: list[tuple[int, int]]) -> list[str]:
+    """Positions of the plan that no shard has, or two have, as far as shards say what they hold."""
+    findings, end = [], 0
+    for start, stop in ranges:
+        if start > end:
+            findings.append(f"images {end:,} to {start - 1:,} of the plan are in no shard")
+        elif start < end:
+            findings.append(f"images {start:,} to {end - 1:,} of the plan are in two shards")
+        end = stop
+    return findings
+
+
+def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]], tar_sha256: str | None) -> list[str]:
     """Findings of one manifest; in a view its rows may point into several tars of the parent."""
     findings = []
-    expected_tar = dataset.shard_metadata(number).get("tar_sha256")
     by_tar = defaultdict(list)
     for row in rows:
         by_tar[row["shard"]].append(row)
@@ -76,7 +191,7 @@ def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]]) -> 
         except FileNotFoundError:
             findings.append(f"{path}: missing, though manifest {number} names it")
             continue
-        if hashlib.sha256(data).hexdigest() != expected_tar:
+        if hashlib.sha256(data).hexdigest() != tar_sha256:
             findings.append(f"{path}: its SHA-256 is not the one that manifest {number} names")
         findings += _verify_members(path, data, tar_rows, whole=path == tar_path(dataset.name, number))
         findings += [f"{row['key']}: {said}" for row in tar_rows for said in _verify_row(dataset, row, data)]
@@ -141,6 +256,10 @@ def _verify_row(dataset: Dataset, row: dict[str, Any], tar: bytes) -> list[str]:
         findings.append(
             f"it is {pixels.shape[1]}x{pixels.shape[0]} px, the manifest says {row['width']}x{row['height']}"
         )
-    if row["phase"] not in dataset.classes.codes or dataset.classes.label(row["phase"]) != row["label"]:
-        findings.append(f"phase {row['phase']} with label {row['label']} is not in the class table")
-    return findings
+    return findings + _verify_label(dataset, row)
+
+
+def _verify_label(dataset: Dataset, row: dict[str, Any]) -> list[str]:
+    if row["phase"] in dataset.classes.codes and dataset.classes.label(row["phase"]) == row["label"]:
+        return []
+    return [f"phase {row['phase']} with label {row['label']} is not in the class table"]

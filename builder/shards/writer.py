@@ -63,8 +63,12 @@ def tar_path(dataset: str, number: int) -> str:
     return f"shards/{dataset}/{shard_name(number)}.tar"
 
 
+def manifest_name(number: int) -> str:
+    return f"{shard_name(number)}.parquet"
+
+
 def manifest_path(dataset: str, number: int) -> str:
-    return f"manifests/{dataset}/{shard_name(number)}.parquet"
+    return f"manifests/{dataset}/{manifest_name(number)}"
 
 
 def write_shard(
@@ -78,10 +82,13 @@ def write_shard(
     """
     tar, rows = _tar(samples, tar_path(dataset, number))
     digest = hashlib.sha256(tar).hexdigest()
-    manifest = _encoded(to_table(rows, {"tar_sha256": digest, **(metadata or {})}))
+    bound = {"tar_sha256": digest, "tar_bytes": str(len(tar))}
+    manifest = _encoded(to_table(rows, {**bound, **(metadata or {})}))
     paths = tar_path(dataset, number), manifest_path(dataset, number)
     try:
-        if shared and storage.is_local:
+        if not storage.is_local:
+            return _commit_objects(storage, paths, tar, manifest, digest)
+        if shared:
             tar_file, manifest_file = (Path(storage.path(path)) for path in paths)
             return commit(Pair(tar_file, tar, manifest_file, manifest, digest))
         storage.write(paths[0], tar)
@@ -92,6 +99,33 @@ def write_shard(
             f"shard {number} of '{dataset}' cannot be written under {storage.root}: {error.strerror or error}",
             "make room or choose another --out; what was written before is safe, and the same command continues",
         ) from error
+
+
+def _commit_objects(storage: Storage, paths: tuple[str, str], tar: bytes, manifest: bytes, digest: str) -> bool:
+    """Commit on an object store, which has neither a lock nor a rename: the tar, then the manifest if there is none.
+
+    Two jobs that make one shard with other bytes (other hardware) overwrite each other's tar. So who comes second to
+    the manifest looks whose tar is there, and puts its own manifest if it is its own. Between those two requests the
+    manifest names another tar; its readers notice, for they compare pixels, and so does `verify`.
+    """
+    tar_file, manifest_file = paths
+    if storage.exists(manifest_file):
+        return False
+    storage.write(tar_file, tar)
+    if storage.create(manifest_file, manifest):
+        return True
+    if recorded_metadata(storage.read(manifest_file)).get("tar_sha256") == digest:
+        return False  # the same bytes: nobody's tar was changed
+    if hashlib.sha256(storage.read(tar_file)).hexdigest() != digest:
+        return False
+    storage.write(manifest_file, manifest)
+    return True
+
+
+def recorded_metadata(manifest: bytes) -> dict[str, str]:
+    """What rides in the schema metadata of a manifest, of its bytes; pyarrow's error when they are none."""
+    found = pq.read_schema(io.BytesIO(manifest)).metadata or {}
+    return {key.decode(): value.decode() for key, value in found.items()}
 
 
 def write_shards(

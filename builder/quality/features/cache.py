@@ -44,15 +44,15 @@ def dataset_features(
     kept = _Cache(dataset, extractor, image_size)
     found: dict[str, np.ndarray] = {}
     in_order = []
-    for number in dataset.shard_numbers() if wanted is None or wanted else []:
-        hashes = kept.pixel_hashes(number)
+    for number, table in dataset.tables(["sha256"]) if wanted is None or wanted else []:
+        hashes = table["sha256"].to_pylist()
         if wanted is not None and wanted.isdisjoint(hashes):
             continue
         features = kept.shard(number, hashes, progress)
         if wanted is None:
             in_order.append(features)
         else:
-            found.update(zip(hashes, features, strict=True))
+            found |= {sha: own.copy() for sha, own in zip(hashes, features, strict=True) if sha in wanted}
     if rows is None:
         return np.concatenate([np.empty((0, extractor.dimension), np.float32), *in_order])
     missing = [row["key"] for row in rows if row["sha256"] not in found]
@@ -101,10 +101,6 @@ class _Cache:
         self._dataset, self._extractor, self._image_size = dataset, extractor, image_size
         self._of_parents: dict[str, np.ndarray] | None = None  # by pixel hash; read when first needed
 
-    def pixel_hashes(self, number: int) -> list[str]:
-        hashes: list[str] = self._dataset.shard_table(number, ["sha256"])["sha256"].to_pylist()
-        return hashes
-
     def shard(self, number: int, hashes: list[str], progress: bool) -> np.ndarray:
         """Features of a shard's rows: read, taken from the parents, or computed and kept."""
         features = self.read(number, hashes)
@@ -142,8 +138,8 @@ class _Cache:
         return self._of_parents
 
     def _all(self) -> Iterator[tuple[str, np.ndarray]]:
-        for number in self._dataset.shard_numbers():
-            hashes = self.pixel_hashes(number)
+        for number, table in self._dataset.tables(["sha256"]):
+            hashes: list[str] = table["sha256"].to_pylist()
             features = self.read(number, hashes)
             if features is not None:
                 yield from zip(hashes, features, strict=True)

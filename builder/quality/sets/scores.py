@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
@@ -76,8 +77,7 @@ def set_scores(
             f"give at least 1 image, and 0 resamples (no intervals) or at least {FEW_RESAMPLES}",
         )
     lineage = require_comparable(synthetic, real, split, allow_leak)
-    table = synthetic.table(NEEDED)
-    size, made = one_size(table), table.to_pylist()
+    size, made = draw(synthetic, max_n, seed)
     reference, training = held_out_and_training(real, split)
     there = {row["phase"] for row in (*reference, *made)}
     codes = [code for code in synthetic.classes.codes if code in there]
@@ -89,10 +89,10 @@ def set_scores(
     loaded_real = load_sides(real, list(real_rows.values()), extractor, size, progress=progress)
     loaded_made = load_sides(synthetic, list(made_rows.values()), extractor, size, progress=progress)
     naming = Naming(extractor.name, extractor.standard)
-    results = {}
+    copies, results = synthetic.table(("phase", "copy_score")), {}
     for name, choice in tqdm(groups.items(), "figures", unit="group", disable=not progress):
         figures = _figures(choice, loaded_real, loaded_made, naming, replicates, seed)
-        results[name] = [*figures, _copies(synthetic, None if name == POOLED else name)]
+        results[name] = [*figures, _copies(synthetic, copies, None if name == POOLED else name)]
     return {
         "dataset": synthetic.name,
         "against": real.name,
@@ -203,9 +203,37 @@ def _apportioned(n: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
+def draw(dataset: Dataset, most: int, seed: int) -> tuple[int | None, Rows]:
+    """The size in px that all images have (else None), and the first `most` rows of each phase as `shuffled` has them.
+
+    Manifests are read one after the other; only what may be drawn is kept.
+    """
+    drawn: dict[str, Rows] = {}
+    limits: dict[str, bytes] = {}  # of phases that have enough: the place of the last one
+    sizes = set()
+    for _, table in dataset.tables(NEEDED):
+        places = [_place(key, seed) for key in table["key"].to_pylist()]
+        phases = table["phase"].to_pylist()
+        early = [i for i, phase in enumerate(phases) if phase not in limits or places[i] < limits[phase]]
+        for row in table.take(early).to_pylist():
+            drawn.setdefault(row["phase"], []).append(row)
+        for phase, rows in drawn.items():
+            if len(rows) >= 2 * most:
+                drawn[phase] = shuffled(rows, seed)[:most]
+                limits[phase] = _place(drawn[phase][-1]["key"], seed)
+        if table.num_rows:
+            sizes.add(one_size(table))
+    chosen = [row for rows in drawn.values() for row in shuffled(rows, seed)[:most]]
+    return sizes.pop() if len(sizes) == 1 else None, chosen
+
+
 def shuffled(rows: Rows, seed: int) -> Rows:
     """In an order that depends on the seed and the keys alone."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"set/{seed}/{row['key']}".encode()).digest())
+    return sorted(rows, key=lambda row: _place(row["key"], seed))
+
+
+def _place(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"set/{seed}/{key}".encode()).digest()
 
 
 # -- features and figures ---------------------------------------------------------------------------------------------
@@ -286,10 +314,11 @@ def _figures(
     return figures
 
 
-def _copies(synthetic: Dataset, code: str | None) -> Figure:
+def _copies(synthetic: Dataset, table: pa.Table, code: str | None) -> Figure:
     """The share of images (of a phase, or all) from the reference's copy alarm on, with its exact binomial interval.
 
-    Of all images that were scored, not of those drawn. The floor is the share of held-out real crops that reach it.
+    Of all images that were scored, not of those drawn: `table` has their phase and copy_score. The floor is the share
+    of held-out real crops that reach it.
     """
     from scipy.stats import binomtest
 
@@ -297,7 +326,6 @@ def _copies(synthetic: Dataset, code: str | None) -> Figure:
         alarm = load_reference(synthetic).copy
     except BuilderError as error:  # never scored, or by an older version: the other figures stand all the same
         return Figure("copies", None, None, None, None, 0, 0, f"{error.what}: {error.remedy}")
-    table = synthetic.table(("phase", "copy_score"))
     if code is not None:
         table = table.filter(pc.equal(table["phase"], code))
     scores = table["copy_score"].to_numpy() if "copy_score" in table.column_names else np.full(len(table), np.nan)
