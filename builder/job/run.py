@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -45,9 +45,19 @@ class Outcome:
     failed: dict[int, str] = field(default_factory=dict)
 
 
+class Watch(Protocol):
+    """Who looks on while a job runs, and may end it by raising."""
+
+    def ready(self, dataset: Dataset) -> None:
+        """The reference of the scores is there, and no unit of this run is made yet."""
+
+    def committed(self, unit: Unit) -> dict[str, str]:
+        """A unit is committed; what the progress bar shall say from now on."""
+
+
 def run_job(
     spec: JobSpec, count: int, *, lineage: dict[str, Any], licence: dict[str, str],
-    engine: str = "local", workers: int = 1, say: Callable[[str], None] = print,
+    engine: str = "local", workers: int = 1, say: Callable[[str], None] = print, watch: Watch | None = None,
 ) -> Outcome:  # fmt: skip
     """Make the first `count` images of the spec's plan, continuing whatever is there.
 
@@ -58,13 +68,9 @@ def run_job(
     run_units = engine_of(engine)
     dataset = Dataset(spec.name, Storage(spec.out))
     with exclusive(dataset):
-        info = dataset.info if dataset.exists() else {}
-        if info and (info.get("parent") or "fingerprint_keys" not in info):
-            raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
-        committed = committed_units(dataset)
-        if info and committed:
-            spec.require_same(info["fingerprint_keys"])
-        else:  # without a shard there is nothing to keep: a mistake in the settings may be mended under the same name
+        info, committed = begun(spec, dataset)
+        if not (info and committed):
+            # Without a shard there is nothing to keep: a mistake in the settings may be mended under the same name.
             dataset.storage.remove(reference_path(dataset))
             info = _new_info(spec, lineage, licence)
         units = all_units(committed, count, spec.config.shards.images_per_shard)
@@ -83,10 +89,12 @@ def run_job(
             info["allow_leak"] = spec.config.allow_leak  # travels with all that is filtered from it
         dataset.write_info(info)
         _build_reference(spec, dataset, say)
+        if watch:
+            watch.ready(dataset)
         described = _describe(spec, count, units, pending, workers)
         say(described)
         log.info("%s", described)
-        progress = _Progress(total, total - sum(len(unit) for unit in pending), workers)
+        progress = _Progress(total, total - sum(len(unit) for unit in pending), workers, watch)
         started = time.monotonic()
         try:
             with progress.bar:
@@ -107,6 +115,20 @@ def run_job(
             info.update(state="complete", count=total, scores=reference.protocol())
             dataset.write_info(info)
         return outcome
+
+
+def begun(spec: JobSpec, dataset: Dataset) -> tuple[dict[str, Any], list[Unit]]:
+    """dataset.json (empty where there is none) and the committed units of what `spec` is to continue.
+
+    BuilderError when no batch job made it, or one with other settings.
+    """
+    info = dataset.info if dataset.exists() else {}
+    if info and (info.get("parent") or "fingerprint_keys" not in info):
+        raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
+    committed = committed_units(dataset)
+    if info and committed:
+        spec.require_same(info["fingerprint_keys"])
+    return info, committed
 
 
 def log_to_file(spec: JobSpec) -> Path:
@@ -154,7 +176,8 @@ class Estimate:
 class _Progress:
     """The Report that draws a progress bar and keeps count."""
 
-    def __init__(self, total: int, there: int, workers: int) -> None:
+    def __init__(self, total: int, there: int, workers: int, watch: Watch | None) -> None:
+        self.watch = watch
         self.bar = tqdm(total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05)
         self.estimate = Estimate(total - there, first=2 * workers)
         self.made = 0
@@ -172,7 +195,7 @@ class _Progress:
         log.info("unit %d committed: %d images, %d replaced", unit.number, len(unit), replaced)
         self.made += len(unit)
         self.replaced += replaced
-        self.bar.set_postfix(shard=unit.number)
+        self.bar.set_postfix({"shard": str(unit.number), **(self.watch.committed(unit) if self.watch else {})})
 
     def failed(self, unit: Unit, reason: str) -> None:
         log.error("unit %d given up: %s", unit.number, reason)
