@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from builder.shards.dataset import Dataset
 
 
-@click.command(cls=CriteriaCommand, options_metavar="[OPTIONS] [--accepted --min-SCORE X --max-SCORE X]")
+@click.command(cls=CriteriaCommand, options_metavar="[OPTIONS] [--accepted --min-SCORE X]")
 @click.option("--phases", default="", help="Which phases, e.g. IPR or I,P,R. [default: all of the config]")
 @click.option("--count", type=int, required=True, help="Images in all, over the phases. A larger COUNT extends.")
 @click.option("--weights", default="", metavar="I=1,P=2", help="Shares of the phases. [default: equal]")
@@ -53,9 +53,9 @@ def shards(
 ) -> None:  # fmt: skip
     """Make COUNT synthetic crops: generate, score, write shards. Run again, it continues.
 
-    With --accepted it goes on along the plan until each phase's share of COUNT passes the gates and every --min-SCORE,
-    --max-SCORE, --band and --where, as of `builder filter`; the first of each phase that pass are the accepted.
-    It stops early when a phase can't get there within --max-factor (exit 1).
+    With --accepted (and --min-ssim 0.7, say) it goes on along the plan until each phase's share of COUNT passes the
+    gates and every --min-SCORE, --max-SCORE, --band and --where, as of `builder filter`; the first of each phase that
+    pass are the accepted. It stops early when a phase can't get there within --max-factor (exit 1).
     """
     from builder.config import load_config
 
