@@ -2,131 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from builder.cli.criteria import Asked, CriteriaCommand, criteria_options, print_judgement
 from builder.cli.options import dataset_argument, out_option, partial_option
-from builder.errors import BuilderError, did_you_mean
-
-if TYPE_CHECKING:
-    from builder.quality.reference import Reference
-    from builder.shards.criteria import Criteria, Judgement, Range
-    from builder.shards.dataset import Dataset
-
-AUTO = "auto"
-SPOILT = 0.1  # more than this share of a kind of spoilt images must not pass
 
 
-class Number(click.ParamType):
-    """A finite number, in [low, high]."""
-
-    name = "number"
-
-    def __init__(self, low: float = -math.inf, high: float = math.inf, word: str = "") -> None:
-        self.low, self.high, self.word = low, high, word
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if self.word and value == self.word:
-            return value
-        option = param.opts[0] if param else "an option"
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            also = f" or '{self.word}'" if self.word else ""
-            raise BuilderError(f"{option} needs a number{also}, not '{value}'", "see `builder filter --help`")
-        if not self.low <= number <= self.high:
-            raise BuilderError(f"{option}: {value} is not between {self.low:g} and {self.high:g}", "")
-        return number
-
-
-class Score(click.ParamType):
-    """The name of a numeric score column."""
-
-    name = "score"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from builder.shards.schema import NUMERIC_SCORES
-
-        name = str(value).replace("-", "_")
-        if name not in NUMERIC_SCORES:
-            raise BuilderError(f"no such score: {value}", did_you_mean(name, NUMERIC_SCORES))
-        return name
-
-
-class FilterCommand(click.Command):
-    """With --min-SCORE and --max-SCORE for every score; they are made on use, for the schema takes pyarrow."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return [*super().get_params(ctx), *_bound_options()]
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            known = [name for param in self.get_params(ctx) for name in param.opts if name.startswith("--")]
-            raise BuilderError(f"no such option: {error.option_name}", did_you_mean(error.option_name, known)) from None
-        except click.UsageError as error:
-            raise BuilderError(error.format_message(), "see `builder filter --help`") from None
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from builder.shards.schema import NUMERIC_SCORES
-
-        with formatter.section("Scores"):
-            formatter.write_text(", ".join(NUMERIC_SCORES))
-
-
-@cache
-def _bound_options() -> tuple[click.Option, ...]:
-    """--min-SCORE and --max-SCORE; hidden, because the help lists the scores once."""
-    from builder.shards.schema import NUMERIC_SCORES
-
-    return tuple(
-        click.Option(
-            [f"--{bound}-{score.replace('_', '-')}", f"--{bound}-{score}", f"{bound}_{score}"],
-            type=Number(word=AUTO) if (bound, score) == ("max", "copy_score") else Number(),
-            hidden=True,
-        )
-        for score in NUMERIC_SCORES
-        for bound in ("min", "max")
-    )
-
-
-@click.command("filter", cls=FilterCommand, options_metavar="[OPTIONS] [--min-SCORE X] [--max-SCORE X]")
+@click.command("filter", cls=CriteriaCommand, options_metavar="[OPTIONS] [--min-SCORE X] [--max-SCORE X]")
 @dataset_argument
-@click.option(
-    "--band", "bands", type=(Score(), Number(), Number()), multiple=True, metavar="SCORE LOW HIGH",
-    help="A score in [LOW, HIGH], e.g. ssim_real_pct 5 95; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--quantile", "quantiles", type=(Score(), Number(0, 1), Number(0, 1)), multiple=True, metavar="SCORE LOW HIGH",
-    help="A score between two quantiles (0..1) of its phase in this dataset; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--where", default="", metavar="SQL", help="A condition over the manifest, e.g. \"phase = 'I'\" (duckdb)."
-)
-@click.option("--no-duplicates", is_flag=True, help="Of images that repeat each other, the first alone.")
-@click.option(
-    "--keep-hard", type=Number(0, 1), default=0.0, metavar="SHARE",
-    help="Thresholds, bands and quantiles leave at least this share of hard, correctly labelled images in each phase.",
-)  # fmt: skip
-@click.option("--balance", is_flag=True, help="As many of each phase as of the one with the fewest.")
-@click.option("--no-gates", is_flag=True, help="Without the gates (flat, blurred, black images and copies may pass).")
+@criteria_options(of_sets=True)
 @click.option("--dry-run", is_flag=True, help="Only print what would happen.")
 @click.option("--name", help="Name of the new dataset. [default: <dataset>-accepted]")
 @click.option("--view", is_flag=True, help="Write manifests alone; the images stay in the source's tars.")
 @out_option
 @partial_option
 def filter_(
-    dataset: str | None, bands: tuple[tuple[str, float, float], ...], quantiles: tuple[tuple[str, float, float], ...],
-    where: str, no_duplicates: bool, keep_hard: float, balance: bool, no_gates: bool, dry_run: bool,
-    name: str | None, view: bool, out: str, partial: bool, **bounds: Any,
-) -> None:  # fmt: skip
+    dataset: str | None, dry_run: bool, name: str | None, view: bool, out: str, partial: bool, **options: Any
+) -> None:
     """Keep the images that pass, as a new dataset; the source is never touched.
 
     Any score takes --min-SCORE and --max-SCORE (e.g. --min-ssim 0.7 --max-clipped 0.1); --max-copy-score also takes
@@ -140,28 +35,20 @@ def filter_(
     images of each phase in the order of the plan, and the share of hard ones.
     """
     from builder.quality.reference import has_reference, load_reference, save_reference
-    from builder.shards.criteria import Criteria, Quantile
     from builder.shards.dataset import Dataset, find_dataset
     from builder.shards.filter import already_filtered, filter_dataset, judge_dataset
 
-    ranges = _ranges(bounds, bands)
-    for asked in quantiles:
-        _require_order("--quantile", *asked)
+    asked = Asked.of(**options)
     source = find_dataset(dataset, out, partial=partial)
     click.echo(f"dataset: {source.name} ({source.info.get('count', 'partial')} images)")
-    reference = load_reference(source) if has_reference(source) else None
-    gates = gates_in_use(source, reference, sanity=not no_gates, copies=bounds["max_copy_score"])
-    criteria = Criteria(tuple(ranges), where, tuple(gates), tuple(Quantile(*asked) for asked in quantiles),
-                        no_duplicates, keep_hard, balance)  # fmt: skip
-    if reference is not None:
-        _print_yardstick(reference, criteria)
+    criteria = asked.criteria_for(source)
 
     target = Dataset(name or f"{source.name}-accepted", source.storage)
     if not dry_run and already_filtered(source, criteria, target, view=view):
         click.echo(f"dataset '{target.name}' is just this already; nothing to do")
         return
     judgement = judge_dataset(source, criteria)
-    _print_judgement(judgement, criteria, source)
+    print_judgement(judgement, criteria, source)
     if dry_run:
         click.echo("dry run: nothing was written")
         return
@@ -169,121 +56,7 @@ def filter_(
         click.echo("no image passes: nothing was written", err=True)
         sys.exit(1)
     filter_dataset(source, criteria, judgement, target, view=view)
-    if reference is not None:
-        save_reference(target, reference)  # it can be filtered again when its source is gone
+    if has_reference(source):
+        save_reference(target, load_reference(source))  # it can be filtered again when its source is gone
     click.echo(f"wrote {'view' if view else 'dataset'} '{target.name}': {judgement.accepted.sum():,} images; "
                f"rejects with reasons in manifests/{target.name}/rejects")  # fmt: skip
-
-
-def _ranges(bounds: dict[str, float | None], bands: tuple[tuple[str, float, float], ...]) -> list[Range]:
-    """What --min-SCORE, --max-SCORE and --band ask for; --max-copy-score is a gate."""
-    from builder.shards.criteria import Range
-    from builder.shards.schema import NUMERIC_SCORES
-
-    ranges = []
-    for score in NUMERIC_SCORES:
-        low, high = bounds[f"min_{score}"], bounds[f"max_{score}"]
-        if isinstance(low, float) and isinstance(high, float):
-            _require_order(f"--min-{score} and --max-{score}", score, low, high)
-        if low is not None:
-            ranges.append(Range(score, low=low, reason=f"{score} < {low:g}"))
-        if high is not None and score != "copy_score":
-            ranges.append(Range(score, high=high, reason=f"{score} > {high:g}"))
-    for score, low, high in bands:
-        _require_order("--band", score, low, high)
-        ranges.append(Range(score, low, high, reason=f"{score} outside {low:g} to {high:g}"))
-    return ranges
-
-
-def _require_order(option: str, score: str, low: float, high: float) -> None:
-    if low > high:
-        raise BuilderError(f"{option}: {low:g} is above {high:g} ({score})", "give the lower bound first")
-
-
-def gates_in_use(
-    source: Dataset, reference: Reference | None, *, sanity: bool = True, copies: float | str | None = None
-) -> list[Range]:
-    """The sanity gates and the copy alarm; `copies`: None (as the other gates), auto, or another limit."""
-    import numpy as np
-
-    from builder.quality.gates import gate_ranges
-    from builder.shards.criteria import Range
-
-    remedy = f"run `builder score {source.name} --against REAL`; `builder filter --no-gates` does without"
-    gates: list[Range] = []
-    if sanity:
-        if reference is None:
-            raise BuilderError(f"'{source.name}' has no gates: it was never scored against real crops", remedy)
-        gates += gate_ranges(reference.gates)
-    if isinstance(copies, float):
-        gates.append(Range("copy_score", high=copies, reason=f"copy_score > {copies:g}"))
-    elif reference is not None and reference.copy and (sanity or copies == AUTO):
-        # The threshold itself is an alarm.
-        high = float(np.nextafter(np.float32(reference.copy["threshold"]), np.float32(-1)))
-        gates.append(Range("copy_score", high=high, reason="copy of a training crop"))
-    elif copies == AUTO:
-        raise BuilderError(f"no alarm of copies was calibrated for '{source.name}'", remedy)
-    elif sanity:
-        click.echo("note: no alarm of copies was calibrated; copies of training crops are not turned away")
-    return gates
-
-
-def _print_yardstick(reference: Reference, criteria: Criteria) -> None:
-    """What share of known images would pass thresholds, bands and gates: the honest scale of a threshold.
-
-    --where, quantiles and duplicates are left out, for known images are no part of the dataset; so are scores that
-    known images do not have.
-    """
-    from builder.quality.reference import KINDS, yardstick_table
-    from builder.shards.criteria import Criteria, judge
-
-    tables = yardstick_table(reference)
-    unknown = {
-        limit.column
-        for limit in (*criteria.ranges, *criteria.gates)
-        if all(table[limit.column].null_count == table.num_rows for table in tables.values())
-    }
-    ranges, gates = (
-        tuple(limit for limit in limits if limit.column not in unknown) for limits in (criteria.ranges, criteria.gates)
-    )
-    click.echo("\nknown images (the reference's yardsticks) that would pass:")
-    click.echo(f"  {'':<28}{'thresholds alone':>18}{'with the gates':>18}{'N':>6}")
-    spoilt = []
-    for kind, table in tables.items():
-        if not table.num_rows:
-            continue  # no other phase, no held-out crop
-        asked = (Criteria(ranges), Criteria(ranges, gates=gates))
-        alone, gated = (float(judge(table, each).accepted.mean()) for each in asked)
-        click.echo(f"  {kind:<28}{alone:>18.1%}{gated:>18.1%}{table.num_rows:>6}")
-        if kind in (KINDS["flat"], KINDS["blurred"], KINDS["noisy"]) and gated > SPOILT:
-            spoilt.append(f"{kind} ({gated:.0%})")
-    if unknown:
-        click.echo(f"  (without {', '.join(sorted(unknown))}, which known images do not have)")
-    if spoilt:
-        click.echo(f"WARNING: what is in use lets pass {', '.join(spoilt)}: it does not tell them from wounds")
-    click.echo("")
-
-
-def _print_judgement(judgement: Judgement, criteria: Criteria, source: Dataset) -> None:
-    kept, rejected = judgement.kept, judgement.rejected
-    click.echo(f"{'phase':<8}{'kept':>8}{'rejected':>10}{'share kept':>12}")
-    for code in source.classes.codes:
-        if kept[code] + rejected[code]:
-            share = kept[code] / (kept[code] + rejected[code])
-            click.echo(f"{code:<8}{kept[code]:>8,}{rejected[code]:>10,}{share:>12.1%}")
-    total = len(judgement)
-    click.echo(f"{'all':<8}{kept.total():>8,}{rejected.total():>10,}{kept.total() / max(1, total):>12.1%}")
-    reasons = judgement.reason_counts()
-    for (code, reason), times in sorted(reasons.items(), key=lambda item: (item[0][0], -item[1])):
-        click.echo(f"  {code}: {reason}: {times:,}")
-    for code, hard in _hard_shares(judgement).items() if criteria.keep_hard else ():
-        short = f"; {criteria.keep_hard:.1%} was asked for, and there are no more" if hard < criteria.keep_hard else ""
-        click.echo(f"  {code}: hard images: {hard:.1%} of what is kept, "
-                   f"{judgement.readmitted[code]:,} of them re-admitted{short}")  # fmt: skip
-    empty = [code for code in judgement.codes if not kept[code] and not reasons[code, "balance"]]
-    if criteria.balance and empty:
-        click.echo(f"  no image of phase {', '.join(empty)} passes: to balance, none of another phase stays")
-
-
-def _hard_shares(judgement: Judgement) -> dict[str, float]:
-    return {code: judgement.kept_hard[code] / kept for code, kept in sorted(judgement.kept.items())}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import asdict, replace
@@ -10,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from builder.cli.criteria import Asked, CriteriaCommand, Number, criteria_options, print_judgement
 from builder.cli.options import config_options, guard_options, out_option, partial_option, require_no_leak, warn
 from builder.errors import BuilderError
 from builder.phases import ClassTable
 
 if TYPE_CHECKING:
+    from builder.job.run import Outcome
+    from builder.job.spec import JobSpec
+    from builder.job.until_accepted import Accepted
     from builder.shards.dataset import Dataset
 
 
-@click.command()
+@click.command(cls=CriteriaCommand, options_metavar="[OPTIONS] [--accepted --min-SCORE X]")
 @click.option("--phases", default="", help="Which phases, e.g. IPR or I,P,R. [default: all of the config]")
 @click.option("--count", type=int, required=True, help="Images in all, over the phases. A larger COUNT extends.")
 @click.option("--weights", default="", metavar="I=1,P=2", help="Shares of the phases. [default: equal]")
@@ -38,16 +43,32 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, help="Guidance scale. [default: the config's]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the config's]")
 @click.option("--size", type=int, help="Image size in px. [default: the config's]")
+@click.option("--accepted", is_flag=True, help="Go on until COUNT images pass the options below; they become the "
+              "dataset NAME-accepted.")  # fmt: skip
+@click.option("--max-factor", type=Number(1), metavar="X",
+              help="With --accepted, make at most COUNT times X images. [default: 5]")  # fmt: skip
+@criteria_options(of_sets=False)
 @guard_options
 def shards(
     phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], name: str | None,
     checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None, address: str, grace: float,
     seed: int | None, guidance: float | None, steps: int | None, size: int | None,
-    silenced: tuple[str, ...], allow_leak: str | None,
+    accepted: bool, max_factor: float | None, silenced: tuple[str, ...], allow_leak: str | None, **options: Any,
 ) -> None:  # fmt: skip
-    """Make COUNT synthetic crops: generate, score, write shards. Run again, it continues."""
+    """Make COUNT synthetic crops: generate, score, write shards. Run again, it continues.
+
+    With --accepted (and --min-ssim 0.7, say) it goes on along the plan until each phase's share of COUNT passes the
+    gates and every --min-SCORE, --max-SCORE, --band and --where, as of `builder filter`; the first of each phase that
+    pass are the accepted. It stops early when a phase can't get there within --max-factor (exit 1).
+    """
     from builder.config import load_config
 
+    asked = Asked.of(**options)
+    if not accepted and (max_factor or asked != Asked()):
+        raise BuilderError(
+            "there are options of --accepted without it: nothing would be filtered",
+            "add --accepted to go on until COUNT images pass, or run `builder filter` on the finished dataset",
+        )
     config = load_config(source or "demo", overrides)
     given: dict[str, Any] = {"guidance": guidance, "steps": steps, "size": size}
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
@@ -63,6 +84,7 @@ def shards(
     from builder.job.plan import Plan
     from builder.job.run import log_to_file, run_job
     from builder.job.spec import JobSpec
+    from builder.job.until_accepted import MAX_FACTOR, accepted_dataset, require_decidable, run_until_accepted
     from builder.models.checkpoint import resolve
     from builder.models.guards import before_job, leak_of_job
     from builder.sampling.device import dtype_name, resolve_dtype
@@ -78,6 +100,9 @@ def shards(
     joined = ("" if all(len(code) == 1 for code in codes) else "-").join(codes)
     dataset = Dataset(name or f"{config.name}-{joined}", Storage(out))  # refuses a bad name before anything is written
     engine = engine_name(engine)
+    if accepted:
+        require_decidable(asked.criteria())
+        accepted_dataset(dataset)
     require_scheduler(config.sample.scheduler)
     against = _real_dataset(real or config.real, out, config.classes)
     config = require_no_leak(
@@ -96,12 +121,24 @@ def shards(
         real_out=out,
     )
     log = log_to_file(spec)
-    outcome = run_job(
-        spec, count, lineage=asdict(found.lineage), licence=found.licence,
-        engine=engine, workers=workers or (default_workers() if engine == "local" else 0), say=click.echo,
-        address=address, grace=grace,
-    )  # fmt: skip
-    keep_in_step(dataset)
+    how: dict[str, Any] = {
+        "lineage": asdict(found.lineage), "licence": found.licence, "engine": engine,
+        "workers": workers or (default_workers() if engine == "local" else 0), "say": click.echo,
+        "address": address, "grace": grace,
+    }  # fmt: skip
+    if accepted:
+        result = run_until_accepted(spec, count, asked.criteria_for, max_factor=max_factor or MAX_FACTOR, **how)
+        keep_in_step(dataset)
+        _print_outcome(spec, result.raw, log)
+        _print_accepted(spec, count, result, asked)
+    else:
+        outcome = run_job(spec, count, **how)
+        keep_in_step(dataset)
+        _print_outcome(spec, outcome, log)
+
+
+def _print_outcome(spec: JobSpec, outcome: Outcome, log: Path) -> None:
+    """What the job did; exits with 1 when units were given up."""
     if outcome.failed:
         click.echo(f"given up: units {', '.join(map(str, outcome.failed))}; reasons in {log}", err=True)
         click.echo("run the same command again to try them once more", err=True)
@@ -112,8 +149,34 @@ def shards(
             f"made {outcome.made:,} images in {outcome.seconds:,.0f} s ({rate:.1f} images/s), "
             f"{outcome.replaced} replaced from reserve seeds; log: {log}"
         )
-    where = dataset.storage.shown(f"shards/{spec.name}")
+    where = outcome.dataset.storage.shown(f"shards/{spec.name}")
     click.echo(f"dataset '{spec.name}' is complete: {outcome.images:,} images in {where}")
+
+
+def _print_accepted(spec: JobSpec, count: int, result: Accepted, asked: Asked) -> None:
+    """How many of each phase pass, and what became of it; exits with 1 when a phase can't get there."""
+    from builder.job.acceptance import images_needed
+
+    if result.judgement is not None and result.hopeless:
+        print_judgement(result.judgement, asked.criteria(), result.raw.dataset)
+    click.echo(f"\nof the first {result.end:,} images of the plan")
+    click.echo(f"{'phase':<8}{'wanted':>8}{'pass':>8}{'made':>8}{'rate':>8}   95 % interval")
+    for code, share in result.shares.items():
+        low, high = share.interval()
+        row = f"{code:<8}{result.wanted[code]:>8,}{share.passed:>8,}{share.made:>8,}{share.rate:>8.1%}"
+        click.echo(f"{row}   {low:.1%} to {high:.1%}")
+    if result.hopeless:
+        for reason in result.hopeless:
+            click.echo(f"stopped: {reason}", err=True)
+        needed = images_needed(spec.plan, count, result.shares)
+        more = f", or --max-factor {math.ceil(needed / count)} or more" if needed else ""
+        click.echo(f"loosen what is asked (the reasons above say what turns images away){more}; "
+                   f"no accepted dataset was written", err=True)  # fmt: skip
+        sys.exit(1)
+    done = "has them already; nothing to do" if result.judgement is None else "is written"
+    each = ", ".join(f"{code} {number:,}" for code, number in result.wanted.items())
+    click.echo(f"dataset '{result.accepted.name}' {done}: the first that pass, {each}; "
+               f"the others in manifests/{result.accepted.name}/rejects")  # fmt: skip
 
 
 @click.command()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from builder.cli.filter import Score, gates_in_use
+from builder.cli.criteria import Score, gates_in_use
 from builder.cli.metrics import download_option, features_option, seed_option
 from builder.cli.options import dataset_argument, out_option, partial_option
 from builder.errors import BuilderError

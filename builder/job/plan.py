@@ -100,6 +100,13 @@ class Plan:
             for i, (code, weight) in enumerate(zip(self.codes, self.weights, strict=True))
         }
 
+    def reach(self, code: str, images: int) -> int:
+        """How far to go along the plan for the first `images` (1 or more) images of a phase: the least COUNT."""
+        phase = self.codes.index(code)
+        order, rank = self._cycle
+        rounds, last = divmod(images - 1, self.weights[phase])
+        return rounds * self.period + int(np.flatnonzero((order == phase) & (rank == last))[0]) + 1
+
 
 def batches(unit: Unit, batch_size: int) -> list[tuple[int, int]]:
     """The plan's whole batches [start, stop) that a unit touches.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -52,10 +52,22 @@ class Outcome:
     failed: dict[int, str] = field(default_factory=dict)
 
 
+class Watch(Protocol):
+    """Who looks on while a job runs in rounds, and may end it by raising."""
+
+    asked: str  # what all rounds are for: ranks of one job agree in it, though one may be a round ahead of another
+
+    def ready(self, dataset: Dataset) -> None:
+        """The reference of the scores is there, and no unit of this run is made yet."""
+
+    def committed(self, unit: Unit) -> dict[str, str]:
+        """A unit is committed; what the progress bar shall say from now on."""
+
+
 def run_job(
     spec: JobSpec, count: int, *, lineage: dict[str, Any], licence: dict[str, str],
     engine: str = "local", workers: int = 1, say: Callable[[str], None] = print,
-    address: str = "auto", grace: float = 0.0,
+    address: str = "auto", grace: float = 0.0, watch: Watch | None = None,
 ) -> Outcome:  # fmt: skip
     """Make the first `count` images of the spec's plan, continuing whatever is there.
 
@@ -67,7 +79,8 @@ def run_job(
     engine = engine_name(engine)
     run_alone = engine_of(engine, address) if engine != "ranks" else None
     dataset = spec.dataset
-    with stopping.graceful(grace), _crew_of(engine, spec, count) as crew:
+    asked = watch.asked if watch else str(count)
+    with stopping.graceful(grace), crew_of(engine, spec, asked) as crew:
         if crew.place.local:
             say = _to_nobody  # the first rank of a machine speaks for the others
         info, committed, units = _survey(spec, count)
@@ -77,18 +90,20 @@ def run_job(
             return Outcome(dataset, total, 0, 0, 0.0)
         crew.once(
             "begin",
-            partial(_is_begun, spec, count),
-            lambda: _begin(spec, count, crew, _new_info(spec, lineage, licence), say),
+            partial(_is_begun, spec, count, asked),
+            lambda: _begin(spec, count, asked, crew, _new_info(spec, lineage, licence), say),
         )
         _, committed, units = _survey(spec, count)
         done = {unit.number for unit in committed}
         pending = [unit for unit in units if unit.number not in done]
         failures = Failures(dataset)
+        if watch:
+            watch.ready(dataset)
         described = _describe(spec, count, units, pending, workers)
         say(described)
         log.info("%s", described)
         there = total - sum(len(unit) for unit in pending)
-        progress = _Progress(total, there, max(1, workers), failures, crew.place)
+        progress = _Progress(total, there, max(1, workers), failures, crew.place, watch)
         started = time.monotonic()
         try:
             with progress.bar:
@@ -108,48 +123,63 @@ def run_job(
             outcome.made, outcome.seconds, outcome.replaced, len(outcome.failed),
         )  # fmt: skip
         if not outcome.failed:
-            crew.once("finish", lambda: dataset.info["state"] == "complete", lambda: _finish(dataset, total))
+            crew.once("finish", partial(_is_finished, spec, count, asked), lambda: _finish(dataset, total))
         return outcome
 
 
-def _crew_of(engine: str, spec: JobSpec, count: int) -> AbstractContextManager[Alone | Together]:
-    """The process alone, or the rank among its peers; ranks agree in the settings and COUNT."""
+def crew_of(engine: str, spec: JobSpec, asked: str) -> AbstractContextManager[Alone | Together]:
+    """The process alone, or the rank among its peers; ranks agree in the settings and in what is asked for."""
     if engine != "ranks":
         return alone(spec.dataset)
-    return together(spec.dataset, place_of(), job=fingerprint({**spec.keys(), "count": count}), device=device_kind())
+    return together(spec.dataset, place_of(), job=fingerprint({**spec.keys(), "asked": asked}), device=device_kind())
+
+
+def begun(spec: JobSpec) -> tuple[dict[str, Any], list[Unit]]:
+    """dataset.json (empty where there is none) and the committed units of what `spec` is to continue.
+
+    BuilderError when no batch job made it, or one with other settings.
+    """
+    info = spec.dataset.info if spec.dataset.exists() else {}
+    if info and (info.get("parent") or "fingerprint_keys" not in info):
+        raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
+    committed = committed_units(spec.dataset)
+    if info and committed:
+        spec.require_same(info["fingerprint_keys"])
+    return info, committed
 
 
 def _survey(spec: JobSpec, count: int) -> tuple[dict[str, Any], list[Unit], list[Unit]]:
-    """dataset.json (empty where there is none), the committed units, and all units up to `count`.
-
-    BuilderError when the dataset is no batch job's, or one's with other settings.
-    """
-    dataset = spec.dataset
-    info = dataset.info if dataset.exists() else {}
-    if info and (info.get("parent") or "fingerprint_keys" not in info):
-        raise BuilderError(f"'{spec.name}' is a dataset that no batch job made", "choose another --name")
-    committed = committed_units(dataset)
-    if info and committed:
-        spec.require_same(info["fingerprint_keys"])
+    """What is begun, and all units up to `count`."""
+    info, committed = begun(spec)
     return info, committed, all_units(committed, count, spec.config.shards.images_per_shard)
 
 
-def _is_begun(spec: JobSpec, count: int) -> bool:
-    """Whether a peer has prepared the dataset for this job."""
-    dataset = spec.dataset
-    if not dataset.exists() or not has_reference(dataset):
+def _planned(info: dict[str, Any], asked: str) -> int:
+    """How far the plan of a job that asked for the same was to go, in dataset.json; 0: it isn't at work."""
+    return int(info.get("planned", 0)) if info.get("asked") == asked else 0
+
+
+def _is_begun(spec: JobSpec, count: int, asked: str) -> bool:
+    """Whether a peer has prepared the dataset for this job, or for a later round of it."""
+    if not spec.dataset.exists() or not has_reference(spec.dataset):
         return False
-    info = dataset.info
-    return info["state"] == "partial" and info.get("planned") == count and spec.is_same(info["fingerprint_keys"])
+    info = spec.dataset.info
+    return info["state"] == "partial" and _planned(info, asked) >= count and spec.is_same(info["fingerprint_keys"])
+
+
+def _is_finished(spec: JobSpec, count: int, asked: str) -> bool:
+    """Whether a peer has called the dataset complete, or is in a later round already."""
+    info = spec.dataset.info
+    return info["state"] == "complete" or _planned(info, asked) > count
 
 
 def _begin(
-    spec: JobSpec, count: int, crew: Alone | Together, new: dict[str, Any], say: Callable[[str], None]
-) -> None:  # fmt: skip
+    spec: JobSpec, count: int, asked: str, crew: Alone | Together, new: dict[str, Any], say: Callable[[str], None]
+) -> None:
     """Prepare the dataset for the job: dataset.json, and the reference that its scores are measured by."""
     dataset = spec.dataset
-    info, committed, _ = _survey(spec, count)
-    if info and not (info.get("planned") == count and spec.is_same(info["fingerprint_keys"])):
+    info, committed = begun(spec)
+    if info and not (_planned(info, asked) and spec.is_same(info["fingerprint_keys"])):
         crew.require_no_other_job(f"dataset '{spec.name}' was begun with another COUNT or other settings")
     if not (info and committed):
         # without a shard there is nothing to keep: a mistake in the settings may be mended under the same name
@@ -158,7 +188,7 @@ def _begin(
     if committed and has_reference(dataset):
         load_reference(dataset)  # scores that can't be continued are said before anything is changed
     crew.tidy()
-    info |= {"state": "partial", "planned": count}
+    info |= {"state": "partial", "asked": asked, "planned": count}
     if spec.config.allow_leak:
         info["allow_leak"] = spec.config.allow_leak  # travels with all that is filtered from it
     dataset.write_info(info)
@@ -176,7 +206,7 @@ def _finish(dataset: Dataset, total: int) -> None:
     reference = load_reference(dataset)
     mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
     info = dataset.info
-    info.pop("planned", None)
+    info = {key: value for key, value in info.items() if key not in ("asked", "planned")}
     dataset.write_info(info | {"state": "complete", "count": total, "scores": reference.protocol()})
 
 
@@ -227,12 +257,14 @@ class Estimate:
 class _Progress:
     """The Report that draws a progress bar and keeps count."""
 
-    def __init__(self, total: int, there: int, workers: int, failed: Failures, place: Place) -> None:
+    def __init__(
+        self, total: int, there: int, workers: int, failed: Failures, place: Place, watch: Watch | None
+    ) -> None:
         self.bar = tqdm(
             total=total, initial=there, unit=" images", dynamic_ncols=True, smoothing=0.05, disable=place.local > 0
         )
         self.estimate = Estimate((total - there) // place.world, first=2 * workers)
-        self.failed_units = failed
+        self.failed_units, self.watch = failed, watch
         self.made = 0
         self.replaced = 0
         self.failures: dict[int, str] = {}
@@ -248,7 +280,7 @@ class _Progress:
         log.info("unit %d committed: %d images, %d replaced", unit.number, len(unit), replaced)
         self.made += len(unit)
         self.replaced += replaced
-        self.bar.set_postfix(shard=unit.number)
+        self.bar.set_postfix({"shard": str(unit.number), **(self.watch.committed(unit) if self.watch else {})})
         self.failed_units.clear(unit)
 
     def elsewhere(self, unit: Unit) -> None:

@@ -19,6 +19,7 @@ from builder.shards.schema import IDENTITY, SCORE_NAMES
 HARD_PERCENT = 25.0  # %; of real crops are this hard for the probe: so is a hard image
 HARD_SCORES = ("phase_margin", "phase_probability_real_pct")
 WHERE, DUPLICATE = "satisfies_where", "is_duplicate"  # columns of the facts
+SURPLUS = "surplus"  # the reason against an image that passes, though as many as were wanted stand before it
 ROUNDING = 1e-9  # of a share of a count, before it is rounded up
 
 Bools = np.ndarray  # bool [N]
@@ -51,7 +52,8 @@ class Criteria:
     gates: ranges that nothing lifts (sanity, copies). ranges: thresholds and bands. where: an SQL condition over the
     manifest row ('' for none). no_duplicates: of images that repeat an earlier one of their phase, none.
     keep_hard: the least share of hard images in what is kept of each phase; those that only ranges or quantiles
-    turned away are re-admitted for it. balance: as many of each phase as of the one with the fewest.
+    turned away are re-admitted for it. balance: as many of each phase as of the one with the fewest. first: of what is
+    kept of a phase, in the order of the dataset, so many (phase, number); a phase that is not named keeps all.
     """
 
     ranges: tuple[Range, ...] = ()
@@ -61,11 +63,12 @@ class Criteria:
     no_duplicates: bool = False
     keep_hard: float = 0.0
     balance: bool = False
+    first: tuple[tuple[str, int], ...] = ()
 
     @property
     def per_image(self) -> bool:
         """Whether the verdict on an image depends on its own row alone, so that images can be judged as they come."""
-        return not (self.quantiles or self.keep_hard or self.balance)
+        return not (self.quantiles or self.keep_hard or self.balance or self.first)
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -226,6 +229,9 @@ def judge_facts(facts: pa.Table, criteria: Criteria) -> Judgement:
     )
     if criteria.balance:
         _balance(judgement, readmitted, criteria.keep_hard)
+    for code, number in criteria.first:
+        passing = judgement.accepted & judgement.of(code)
+        judgement.against(SURPLUS, passing & (np.cumsum(passing) > number))
     return judgement
 
 
