@@ -177,7 +177,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> M
     made_up = MadeUp()
     if "duplicates" not in request.node.name:
         monkeypatch.setattr(run_module, "mark_duplicates", lambda *_, **__: None)
-    monkeypatch.setattr(run_module, "engine_of", lambda name: made_up)
+    monkeypatch.setattr(run_module, "engine_of", lambda name, address: made_up)
     monkeypatch.setattr(
         run_module, "_build_reference", lambda spec, dataset, say: save_reference(dataset, made_up_reference())
     )
@@ -369,11 +369,11 @@ def test_units_given_up_end_it_and_the_next_run_makes_them(tmp_path: Path, engin
         engine(spec, [unit for unit in units if unit.number != 2], workers, report)
         report.failed(Unit(2, 12, 18), "a fault")
 
-    monkeypatch.setattr(run_module, "engine_of", lambda name: gives_one_up)
+    monkeypatch.setattr(run_module, "engine_of", lambda name, address: gives_one_up)
     failed = accept(spec, 40)
     assert failed.raw.failed == {2: "a fault"}
     assert not failed.accepted.exists()
-    monkeypatch.setattr(run_module, "engine_of", lambda name: engine)
+    monkeypatch.setattr(run_module, "engine_of", lambda name, address: engine)
     assert keys_of(accept(spec, 40).accepted) == expected(spec.plan, 40, good)
 
 

@@ -33,15 +33,21 @@ JOB = """
 import pickle, sys
 from builder.errors import Terminated
 from builder.job.run import run_job
+from builder.job.until_accepted import run_until_accepted
+from builder.shards.criteria import Criteria
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         spec = pickle.load(file)
+    how = dict(
+        lineage={}, licence={}, engine=sys.argv[3], workers=1, say=lambda said: print(said, flush=True),
+        grace=float(sys.argv[4]),
+    )
     try:
-        outcome = run_job(
-            spec, int(sys.argv[2]), lineage={}, licence={}, engine=sys.argv[3], workers=1,
-            say=lambda said: print(said, flush=True), grace=float(sys.argv[4]),
-        )
+        if where := sys.argv[5]:
+            outcome = run_until_accepted(spec, int(sys.argv[2]), lambda _: Criteria(where=where), **how).raw
+        else:
+            outcome = run_job(spec, int(sys.argv[2]), **how)
     except Terminated as end:
         sys.exit(end.exit_code)
     sys.exit(1 if outcome.failed else 0)
@@ -63,14 +69,17 @@ def spec(made: JobSpec, tmp_path: Path) -> JobSpec:
     return dataclasses.replace(made, out=str(tmp_path / "out"))
 
 
-def start(spec: JobSpec, environ: dict[str, str], engine: str = "auto", count: int = COUNT, grace: float = 30) -> Any:
-    """The job in a process of its own, as a launcher would start it."""
+def start(
+    spec: JobSpec, environ: dict[str, str], engine: str = "auto", count: int = COUNT, grace: float = 30, where: str = ""
+) -> Any:
+    """The job in a process of its own, as a launcher would start it; until `count` images pass `where`, if given."""
     folder = Path(spec.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.py").write_text(JOB)
     (folder / "spec.pickle").write_bytes(pickle.dumps(spec))
     return subprocess.Popen(
-        [sys.executable, "-u", str(folder / "job.py"), str(folder / "spec.pickle"), str(count), engine, str(grace)],
+        [sys.executable, "-u", str(folder / "job.py"), str(folder / "spec.pickle"), str(count), engine, str(grace),
+         where],
         env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -118,6 +127,19 @@ def test_launched_ranks_give_the_bytes_of_one_process(
     same(spec, made)
     assert spec.dataset.storage.list(f"manifests/{spec.name}/job/claims") == []
     assert spec.dataset.storage.list(f"manifests/{spec.name}/job/staged") == []
+
+
+def test_ranks_go_through_the_rounds_of_until_accepted_together(spec: JobSpec, tmp_path: Path) -> None:
+    """Which images are accepted, and how far the plan goes for them, is the same from ranks and from one process."""
+    where = "index % 3 = 0 or (\"index\" % 2 = 0 and phase <> 'P')"
+    alone = dataclasses.replace(spec, out=str(tmp_path / "alone"))
+    ended([start(alone, {}, "inline", 24, where=where)])
+    ended([start(spec, torchrun(rank, 2), count=24, where=where) for rank in range(2)])
+    assert tars(spec.out) == tars(alone.out)
+    one, two = (Dataset(f"{each.name}-accepted", Storage(each.out)) for each in (alone, spec))
+    assert one.info["state"] == two.info["state"] == "complete" and verify_dataset(two) == []
+    assert one.table(["key"]) == two.table(["key"]) and one.table(["key"]).num_rows == 24
+    assert spec.dataset.info["state"] == "complete" and spec.dataset.info["count"] == alone.dataset.info["count"]
 
 
 def test_killed_in_one_engine_and_continued_by_another(spec: JobSpec, made: JobSpec) -> None:
