@@ -96,6 +96,10 @@ def _settings() -> Any:
             f"FSDP of version {settings.fsdp_version} is not used for training",
             "set fsdp_version: 2, as configs/accelerate/fsdp.yaml does",
         )
+    if settings.min_num_params:
+        raise BuilderError(
+            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP is not used", "set it to TRANSFORMER_BASED_WRAP, which names units"
+        )
     if settings.activation_checkpointing:
         raise BuilderError("fsdp_activation_checkpointing is not used", "set train.gradient_checkpointing instead")
     if isinstance(settings.cpu_offload, CPUOffloadPolicy):

@@ -46,7 +46,8 @@ def train(
     In OUT: checkpoints (diffusers folders, or adapters, of the averaged weights, with checkpoint.json), history.json,
     state/ (resume states), log.jsonl, samples/step-XXXXXX.png, reconstructions.png, loss.png. The same command again
     continues from the last state and gives the weights of an uninterrupted run; a larger `train.steps` extends it.
-    `resume=False` starts anew. Started by torchrun, each process takes its share of every step's batch.
+    `resume=False` starts anew. Started by torchrun or accelerate launch, each process takes its share of every step's
+    batch, and perhaps of the weights.
     `download`: fetch a base from the hub when it isn't here.
 
     Raises BuilderError for a dataset that can't be trained on or a state of another configuration, and
