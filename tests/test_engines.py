@@ -176,14 +176,17 @@ def test_a_job_that_wants_the_dataset_alone_is_refused_while_ranks_are_at_it_and
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RAY_raylet_start_wait_time_s", "RAY_worker_register_timeout_seconds"):
+            patch.setenv(name, "600")  # a busy machine takes its time
+        ray = pytest.importorskip("ray")
+        from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found.add_node(num_cpus=1)
-    yield found
-    ray.shutdown()
-    found.shutdown()
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        found.add_node(num_cpus=1)
+        yield found
+        ray.shutdown()
+        found.shutdown()
 
 
 def _slow(spec: JobSpec, device: str) -> Maker:
