@@ -198,18 +198,33 @@ def test_a_job_that_wants_the_dataset_alone_is_refused_while_ranks_are_at_it_and
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_register_timeout_seconds", "600")  # a busy machine takes its time
+        ray = pytest.importorskip("ray")
+        from ray.cluster_utils import Cluster
 
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found.add_node(num_cpus=1)
-    yield found
-    ray.shutdown()
-    found.shutdown()
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        found.add_node(num_cpus=1)
+        yield found
+        ray.shutdown()
+        found.shutdown()
 
 
-def _slow(spec: JobSpec, device: str) -> Maker:
-    return Maker(spec, lambda unit: time.sleep(0.3))
+def _until_a_third(spec: JobSpec, device: str) -> Maker:
+    """For an actor: from unit 8 on units take until an actor beyond the first two is there, so that it gets some."""
+
+    def wait(unit: Unit) -> None:
+        time.sleep(0.1)
+        for _ in range(1200):
+            if unit.number < 8 or any(_actor_number(sign) >= 2 for sign in _signs(spec)):
+                return
+            time.sleep(0.1)
+
+    return Maker(spec, wait)
+
+
+def _actor_number(sign: Any) -> int:
+    return int(sign.label.split()[-1])
 
 
 def _cursed(spec: JobSpec, device: str) -> Maker:
@@ -233,10 +248,7 @@ def test_ray_gives_the_bytes_of_one_process(cluster: Any, spec: JobSpec, made: J
 
 
 def test_ray_survives_a_lost_node_and_takes_in_a_new_one(cluster: Any, spec: JobSpec) -> None:
-    import threading
-
     changes: list[str] = []
-    report: Any = Heard()
 
     class Disturbing(Heard):
         """Removes a node after the third unit, and adds one after the sixth."""
@@ -248,15 +260,14 @@ def test_ray_survives_a_lost_node_and_takes_in_a_new_one(cluster: Any, spec: Job
                 cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
             if len(self.made) == 6:
                 changes.append("added")
-                threading.Thread(target=cluster.add_node, kwargs={"num_cpus": 1}, daemon=True).start()
+                cluster.add_node(num_cpus=1)
 
-    report = Disturbing()
-    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=_slow)
+    report: Any = Disturbing()
+    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=_until_a_third)
     assert changes == ["removed", "added"]
     assert sorted(report.made) == spec.dataset.shard_numbers() == list(range(24))
     assert report.given_up == {}
-    machines = {sign.label.split()[-1] for sign in _signs(spec)}
-    assert len(machines) >= 3, "a new actor came for the new node"
+    assert any(_actor_number(sign) >= 2 and sign.units for sign in _signs(spec)), "the new node worked, too"
 
 
 def test_ray_gives_up_what_fails_or_kills_three_times_and_goes_on(cluster: Any, spec: JobSpec) -> None:
