@@ -1,4 +1,4 @@
-"""An S3 server (moto's) on the loopback, whose requests fail as often as one likes: 500, 503, lost answers, cut lines."""
+"""An S3 server (moto's) on the loopback whose requests fail at will: 500, 503, lost answers, cut lines."""
 
 from __future__ import annotations
 
