@@ -130,7 +130,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How an image is drawn. Every key is part of the fingerprint."""
+    """How an image is drawn. Every key is part of the fingerprint.
+
+    `guidance_interval`: [low, high] in sigma; steps at other noise levels are not guided (see sampling.guidance).
+    """
 
     size: int = 512
     steps: int = 25
@@ -139,9 +142,13 @@ class SampleConfig:
     negative_prompt: str = NEGATIVE_PROMPT
     batch_size: int = 8
     dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU
+    guidance_interval: list[float] = field(default_factory=list)  # empty: all noise levels
+    compile: bool = False  # torch.compile of the denoiser's repeated blocks: changes the last bits
 
     def __post_init__(self) -> None:
         _at_least(self, "sample", size=8, steps=1, guidance=1, batch_size=1)  # guidance 1 samples without guidance
+        if self.guidance_interval:
+            _range(self, "sample", guidance_interval=0.0)
 
 
 @dataclass(frozen=True)

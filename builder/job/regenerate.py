@@ -84,8 +84,9 @@ class Regenerator:
         size = row["batch_size"]
         start = row["position"] // size * size
         images = replay_batch(
-            self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype
-        )
+            self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype,
+            row.get("micro_batch"),
+        )  # fmt: skip
         image = next(image for image, _ in images if image.position == row["position"])
         stored = self.dataset.pixels(row)
         difference = np.abs(image.pixels.astype(int) - stored.astype(int))

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from builder.errors import BuilderError
 from builder.job.devices import prepare
 from builder.job.engines import engine_of
+from builder.job.notices import notices
 from builder.job.pending import all_units, committed_units
 from builder.job.plan import Unit
 from builder.job.spec import JobSpec
@@ -89,7 +91,7 @@ def run_job(
         progress = _Progress(total, total - sum(len(unit) for unit in pending), workers)
         started = time.monotonic()
         try:
-            with progress.bar:
+            with progress.bar, notices(partial(progress.bar.write, file=sys.stderr)):
                 run_units(spec, pending, workers, progress)
         except BaseException as stop:
             log.error("ended before its time: %r", stop)
