@@ -1,4 +1,4 @@
-"""Typed configuration: YAML file, then `--set a.b=c`; unknown keys and impossible values are refused. Fingerprints."""
+"""Typed configuration: YAML, preset, `--set a.b=c`; unknown keys and impossible values are refused. Fingerprints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from builder.errors import BuilderError, did_you_mean
 from builder.phases import HEALING_PHASES, ClassTable
 
+PRESETS = ("fast", "quality")
 NEGATIVE_PROMPT = (
     "blurry, out of focus, low quality, jpeg artifacts, cartoon, illustration, painting, anime, text, watermark, logo"
 )
@@ -213,9 +214,10 @@ class Config:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Read a config: a path, the name of a file in `configs/`, or None for the defaults; then `a.b=c` overrides.
 
+    A preset, of those in `configs/presets/`, stands between the two; nothing remembers its name, only its values.
     Raises BuilderError for a missing file, an unknown key (the nearest one is suggested) or a value of a wrong type.
     """
     data: dict[str, Any] = {}
@@ -225,6 +227,10 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
         where = str(path)
         data = _read(path)
         data["name"] = data.get("name", path.stem)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise BuilderError(f"unknown preset '{preset}'", did_you_mean(preset, PRESETS))
+        data = _merged(data, _read(find_config(f"presets/{preset}")))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

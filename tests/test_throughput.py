@@ -28,13 +28,11 @@ from builder.models.checkpoint import read_checkpoint
 from builder.sampling.guidance import evaluations, guided_steps, noise_levels
 from builder.sampling.sampler import Sampler, load_sampler
 from builder.sampling.schedulers import SCHEDULERS, make_scheduler
-from builder.shards.dataset import Dataset
-from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
 from tests.conftest import Result, write_real
 from tests.test_job import CONFIG, pixels, run, spec_of, tars
 from tests.test_sampling import CONFIG as SAMPLE
-from tests.test_sampling import PROMPTS, REQUESTS, tiny_pipeline, tiny_sampler
+from tests.test_sampling import REQUESTS, tiny_pipeline, tiny_sampler
 
 EVERYTHING = [0.0, 1000.0]
 
@@ -357,3 +355,30 @@ class TestOverlap:
                 worker.make(Unit(1, 4, 12), lambda images: None)
         assert worker.make(Unit(1, 4, 12), lambda images: None) == 0
         assert worker.dataset.shard_numbers() == [0, 1]
+
+
+# -- presets ---------------------------------------------------------------------------------------------------------
+
+
+class TestPresets:
+    def test_they_stand_between_the_config_and_set_and_only_their_values_remain(self) -> None:
+        plain, fast, quality = (load_config("demo", [], preset) for preset in (None, "fast", "quality"))
+        assert fast.sample.steps == 15 and quality.sample.steps == 50
+        assert fast.sample.guidance_interval == quality.sample.guidance_interval == [0.28, 5.42]
+        kept = {"steps": plain.sample.steps, "guidance_interval": []}
+        assert dataclasses.replace(fast, sample=dataclasses.replace(fast.sample, **kept)) == plain
+        assert load_config("demo", ["sample.steps=9"], "fast").sample.steps == 9
+
+    def test_passes_that_the_presets_say_of_sdxl(self) -> None:
+        from builder.models.architectures import SDXL
+        from builder.models.building import DIFFUSION
+
+        passes = [
+            evaluations(load_config("sdxl-full", [], preset).sample, {**DIFFUSION, **SDXL["scheduler"]})
+            for preset in (None, "fast", "quality")
+        ]
+        assert passes == [50, 22, 75]
+
+    def test_an_unknown_one_is_refused(self, builder: Any) -> None:
+        result: Result = builder("shards", "--count", "3", "--preset", "fastest")
+        assert result.code == 2 and "did you mean 'fast'?" in result.output

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import builder
+from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
 from builder.cli.filter import filter_
@@ -54,6 +55,7 @@ for command in (
     rm,
     sheet,
     demo,
+    bench,
 ):
     cli.add_command(command)
 

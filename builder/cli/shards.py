@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.cli.options import config_options, guard_options, out_option, partial_option, require_no_leak, warn
+from builder.cli.options import (
+    config_options,
+    guard_options,
+    out_option,
+    partial_option,
+    preset_option,
+    require_no_leak,
+    warn,
+)
 from builder.errors import BuilderError
 from builder.phases import ClassTable
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--count", type=int, required=True, help="Images in all, over the phases. A larger COUNT extends.")
 @click.option("--weights", default="", metavar="I=1,P=2", help="Shares of the phases. [default: equal]")
 @config_options
+@preset_option
 @click.option("--name", help="Name of the dataset. [default: <config>-<PHASES>]")
 @click.option("--checkpoint", metavar="NAME|DIR", help="Checkpoint to draw from; of the config's run also best, "
               "latest, epoch=30, step=1200. [default: the config's]")  # fmt: skip
@@ -36,15 +45,15 @@ if TYPE_CHECKING:
 @click.option("--size", type=int, help="Image size in px. [default: the config's]")
 @guard_options
 def shards(
-    phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], name: str | None,
-    checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None,
+    phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], preset: str | None,
+    name: str | None, checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None,
     seed: int | None, guidance: float | None, steps: int | None, size: int | None,
     silenced: tuple[str, ...], allow_leak: str | None,
 ) -> None:  # fmt: skip
     """Make COUNT synthetic crops: generate, score, write shards. Run again, it continues."""
     from builder.config import load_config
 
-    config = load_config(source or "demo", overrides)
+    config = load_config(source or "demo", overrides, preset)
     given: dict[str, Any] = {"guidance": guidance, "steps": steps, "size": size}
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     config = replace(config, sample=sample, seed=config.seed if seed is None else seed)
@@ -74,7 +83,7 @@ def shards(
     dataset = Dataset(name or f"{config.name}-{joined}", Storage(out))  # refuses a bad name before anything is written
     engine_of(engine)
     require_scheduler(config.sample.scheduler)
-    against = _real_dataset(real or config.real, out, config.classes)
+    against = real_dataset(real or config.real, out, config.classes)
     config = require_no_leak(
         config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"
     )
@@ -167,7 +176,7 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
+def real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
     """The real dataset, checked; the phantom that ships with the package is made when it is asked for and not there."""
     from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
     from builder.shards.dataset import find_dataset

@@ -59,7 +59,9 @@ class JobSpec:
         mine = json.loads(json.dumps(self.keys()))
         changed = [key for key in {**mine, **recorded} if mine.get(key) != recorded.get(key)]
         if changed:
-            said = "; ".join(f"{key}: {_short(recorded.get(key))} there, {_short(mine.get(key))} now" for key in changed)
+            said = "; ".join(
+                f"{key}: {_short(recorded.get(key))} there, {_short(mine.get(key))} now" for key in changed
+            )
             raise BuilderError(
                 f"dataset '{self.name}' was begun with other settings: {said}",
                 f"use the old settings to continue it, another --name, or `builder rm {self.name}` to start over",

@@ -1,6 +1,6 @@
 """One worker: a loaded model and scorer that turn units of the plan into committed shards.
 
-On a GPU a batch is scored and encoded on threads while the next is drawn, and a unit may be committed while the next one
+On a GPU a batch is scored and encoded on threads while the next is drawn, and a unit may be committed while the next
 begins, so that the device has work all the time. A CPU worker has one core, on which threads would only take turns:
 there everything happens in order. Samples are put together in the plan's order either way.
 """

@@ -110,8 +110,8 @@ class Sampler:
         self.device = torch.device(device)
         self.dtype = dtype or resolve_dtype(config.dtype, device)
         self._family = family_of(pipeline)
-        self._scheduler_config = dict(pipeline.scheduler.config)
-        make_scheduler(config.scheduler, self._scheduler_config)  # refuse an unknown name now, not at the first batch
+        self.scheduler_config = dict(pipeline.scheduler.config)
+        make_scheduler(config.scheduler, self.scheduler_config)  # refuse an unknown name now, not at the first batch
         self._shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         _require_multiple(config.size, self._shrink)
         embeddings = encode_prompts(pipeline, prompts, config.negative_prompt)
@@ -175,9 +175,7 @@ class Sampler:
                 raise BuilderError(f"no prompt was given for phase '{request.code}'", f"the sampler knows {known}")
 
     @torch.inference_mode()
-    def _tried(
-        self, requests: Sequence[Request], precise: bool, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _tried(self, requests: Sequence[Request], precise: bool, size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(uint8 [N, H, W, 3], bad [N]) on the device, drawn `size` images at a time; None when memory runs out."""
         try:
             with self._precision(precise) as dtypes:
@@ -239,7 +237,7 @@ class Sampler:
         self, noise: torch.Tensor, conditions: tuple[_Condition, _Condition], dtype: torch.dtype
     ) -> torch.Tensor:
         """Solve the probability-flow ODE from noise to clean latents [N, C, h, w] in float32."""
-        scheduler = make_scheduler(self.config.scheduler, self._scheduler_config)
+        scheduler = make_scheduler(self.config.scheduler, self.scheduler_config)
         scheduler.set_timesteps(self.config.steps, device=self.device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else the solver looks its first step up on the device, and waits for it
