@@ -363,7 +363,7 @@ class TestOverlap:
 class TestPresets:
     def test_they_stand_between_the_config_and_set_and_only_their_values_remain(self) -> None:
         plain, fast, quality = (load_config("demo", [], preset) for preset in (None, "fast", "quality"))
-        assert fast.sample.steps == 15 and quality.sample.steps == 50
+        assert fast.sample.steps == 12 and quality.sample.steps == 50
         assert fast.sample.guidance_interval == quality.sample.guidance_interval == [0.28, 5.42]
         kept = {"steps": plain.sample.steps, "guidance_interval": []}
         assert dataclasses.replace(fast, sample=dataclasses.replace(fast.sample, **kept)) == plain
@@ -377,7 +377,7 @@ class TestPresets:
             evaluations(load_config("sdxl-full", [], preset).sample, {**DIFFUSION, **SDXL["scheduler"]})
             for preset in (None, "fast", "quality")
         ]
-        assert passes == [50, 22, 75]
+        assert passes == [50, 18, 75]
 
     def test_an_unknown_one_is_refused(self, builder: Any) -> None:
         result: Result = builder("shards", "--count", "3", "--preset", "fastest")

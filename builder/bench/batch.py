@@ -28,6 +28,11 @@ class Trial:
     peak: int | None
     fits: bool = True
 
+    def __str__(self) -> str:
+        memory = "" if self.peak is None else f", {self.peak / 1e9:.1f} GB at most"
+        said = f"{self.rate:.2f} images/s, {self.utilisation:.0%} of the peak" if self.fits else "does not fit"
+        return f"batch {self.batch_size}: {said}{memory}"
+
 
 def try_sizes(
     sampler: Sampler, codes: Sequence[str], cost: Cost, device_peak: float, sizes: Sequence[int] = SIZES,

@@ -19,6 +19,8 @@ import builder
 from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
+from builder.cli.doctor import doctor
+from builder.cli.estimate import estimate
 from builder.cli.filter import filter_
 from builder.cli.inspect import list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
@@ -56,6 +58,8 @@ for command in (
     sheet,
     demo,
     bench,
+    estimate,
+    doctor,
 ):
     cli.add_command(command)
 

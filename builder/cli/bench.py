@@ -125,7 +125,7 @@ def _against_the_loop(
 
 
 def _by_batch_size(config: Config, architecture: str) -> dict[str, Any]:
-    from builder.bench.batch import Trial, proposed, try_sizes
+    from builder.bench.batch import proposed, try_sizes
     from builder.bench.flops import cost_of, matrix_peak
     from builder.job.devices import prepare
     from builder.sampling.device import device_model
@@ -142,12 +142,7 @@ def _by_batch_size(config: Config, architecture: str) -> dict[str, Any]:
         f"steps, {sampler.dtype_name}; {_engineering(cost.image)}FLOP an image, peak {_engineering(peak)}FLOP/s"
     )
 
-    def say(trial: Trial) -> None:
-        memory = "" if trial.peak is None else f", {trial.peak / 1e9:.1f} GB at most"
-        said = f"{trial.rate:.2f} images/s, {trial.utilisation:.0%} of the peak" if trial.fits else "does not fit"
-        click.echo(f"batch {trial.batch_size}: {said}{memory}")
-
-    trials = try_sizes(sampler, config.classes.codes, cost, peak, on_trial=say)
+    trials = try_sizes(sampler, config.classes.codes, cost, peak, on_trial=click.echo)
     if (best := proposed(trials)) is not None:
         click.echo(f"proposed: sample.batch_size={best.batch_size}")
     return {"peak": peak, "flops": cost.image, "trials": [vars(trial) for trial in trials]}
