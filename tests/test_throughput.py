@@ -203,6 +203,12 @@ class TestOutOfMemory:
         monkeypatch.setattr(Sampler, "generate", noted)
         assert Regenerator(dataset).compare(rows[5]["key"]).identical
         assert asked == [(4, 2)]
+        monkeypatch.undo()
+        other = run(dataclasses.replace(spec, name="other"), 4).dataset
+        starve(monkeypatch, 2)  # a machine with less memory than the one that made it
+        compared = Regenerator(other).compare(other.table(["key"])["key"][0].as_py())
+        assert compared.identical or "images at once: 4 then, 2 now" in compared.differences[0]
+        assert len(compared.differences) == 1
 
     def test_a_whole_batch_says_nothing_of_it(self, spec: JobSpec) -> None:
         dataset = run(spec, 4).dataset
