@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from builder.bench.flops import Cost
+from builder.bench.flops import Cost, seconds
 from builder.sampling.sampler import Request, Sampler
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -57,15 +57,14 @@ def _try(
     if cuda:
         torch.cuda.reset_peak_memory_stats(sampler.device)
     fits = sampler.generate(requests).micro_batch == size
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), seconds(sampler.device)
     for _ in range(repeats if fits else 0):
         fits = fits and sampler.generate(requests).micro_batch == size
-    seconds = time.perf_counter() - started
+    wall, busy = time.perf_counter() - started, seconds(sampler.device) - busy
     peak = torch.cuda.max_memory_allocated(sampler.device) if cuda else None
     if not fits:
         return Trial(size, 0.0, 0.0, peak, fits=False)
-    rate = repeats * size / seconds
-    return Trial(size, rate, rate * cost.image / device_peak, peak)
+    return Trial(size, repeats * size / wall, repeats * size * cost.image / busy / device_peak, peak)
 
 
 def proposed(trials: Sequence[Trial]) -> Trial | None:

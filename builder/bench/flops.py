@@ -57,20 +57,27 @@ def _added(config: Any) -> dict[str, torch.Tensor]:
 
 
 def matrix_peak(device: str | torch.device, dtype: torch.dtype, side: int | None = None) -> float:
-    """FLOPs a second of a large square matrix product on this device in this dtype: the best of several."""
+    """FLOPs a second of a large square matrix product on this device in this dtype: the best of several.
+
+    On a CPU of one thread, a second of its own (see `seconds`).
+    """
     device = torch.device(device)
     side = side or SIDE.get(device.type, SIDE["cuda"])
     one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for _ in range(REPEATS):
-        _wait(device)
-        started = time.perf_counter()
+        started = seconds(device)
         one @ other
-        _wait(device)
-        best = max(best, 2 * side**3 / (time.perf_counter() - started))
+        best = max(best, 2 * side**3 / (seconds(device) - started))
     return best
 
 
-def _wait(device: torch.device) -> None:
+def seconds(device: torch.device) -> float:
+    """A clock for utilisation: of a GPU, once it is through with its work; of a CPU, what this process had of it.
+
+    Where others share the cores, wall time would say nothing of either the peak or the job.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()

@@ -119,6 +119,7 @@ def draw(spec: JobSpec, reference: Reference, per_phase: int, device: str) -> tu
 
     It is the job itself, all scores and the commit included. What a BuilderError says is the finding.
     """
+    from builder.bench.stages import IDLE, STAGES, measure_unit
     from builder.job.plan import Unit
     from builder.job.worker import Worker
     from builder.quality.reference import save_reference
@@ -129,10 +130,12 @@ def draw(spec: JobSpec, reference: Reference, per_phase: int, device: str) -> tu
     save_reference(dataset, reference)
     count = _positions(spec, per_phase)
     try:
-        Worker(spec, device).make(Unit(0, 0, count), lambda images: None)
+        stages = measure_unit(Worker(spec, device), Unit(0, 0, count))
     except BuilderError as error:
         return [], Finding("draws", error.what, error.remedy or "see `builder doctor` without --quick")
-    return dataset.table().to_pylist(), Finding("draws", f"{count} images drawn, scored, written and read back")
+    spent = ", ".join(f"{stage} {stages.share(stage):.0%}" for stage in (*STAGES, IDLE))
+    said = f"{count} images drawn, scored, written and read back; where the time went: {spent}"
+    return dataset.table().to_pylist(), Finding("draws", said)
 
 
 def _positions(spec: JobSpec, per_phase: int) -> int:

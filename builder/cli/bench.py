@@ -101,7 +101,8 @@ def _against_the_loop(
         )
         peak = matrix_peak(measured.device, resolve_dtype(sample.dtype, measured.device))
         stages, cost = measured.stages(length)
-        used = stages.images * cost.image / stages.seconds / peak
+        seconds = stages.seconds if measured.device.startswith("cuda") else stages.cpu_seconds
+        used = stages.images * cost.image / seconds / peak
         _table(COLUMNS, stages.table())
         click.echo(
             f"one worker: {stages.images / stages.seconds:.2f} images/s; {cost.passes} passes of "
