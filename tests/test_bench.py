@@ -35,7 +35,7 @@ from builder.shards.dataset import Dataset
 from tests.conftest import Result, write_real
 from tests.test_job import CONFIG, run, spec_of
 from tests.test_sampling import CONFIG as SAMPLE
-from tests.test_sampling import PROMPTS, REQUESTS, SIZE, tiny_pipeline, tiny_sampler
+from tests.test_sampling import ARCHITECTURE, PROMPTS, REQUESTS, SIZE, tiny_pipeline, tiny_sampler
 from tests.test_throughput import starve
 
 TINY = ["--set", "sample.size=16", "--set", "sample.steps=2", "--set", "sample.batch_size=4",
@@ -177,6 +177,22 @@ def test_bench_generate_measures_the_job_and_says_what_it_missed(
     refused = builder("bench", "generate", "--reference", made.name, "--out", made.out, "--real", "clinic",
                       "--checkpoint", made.checkpoint)  # fmt: skip
     assert refused.code == 2 and "for images of 16 px, not 64" in refused.output
+
+
+def test_a_full_size_model_is_drawn_from_beside_the_plain_pipeline(
+    builder: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from builder.models.families import FAMILIES
+
+    small = dataclasses.replace(FAMILIES["sdxl"], architecture=ARCHITECTURE)  # what full size takes is a GPU
+    monkeypatch.setitem(FAMILIES, "sdxl", small)
+    command = ("bench", "generate", "--architecture", "sdxl", "--set", "sample.size=32", "--set", "sample.steps=1")
+    result = builder(*command, "--batch-sizes", "1,2", "--json", "sdxl.json")
+    assert result.code == 0, result.output
+    figures = json.loads((tmp_path / "sdxl.json").read_text())
+    assert [each["batch_size"] for each in figures["trials"]] == [1, 2] and figures["plain"] > 0
+    assert "times the plain pipeline" in result.output
+    assert "growing numbers" in builder(*command, "--batch-sizes", "4,2").output
 
 
 # -- batch size ------------------------------------------------------------------------------------------------------

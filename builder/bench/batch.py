@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from builder.bench.flops import Cost, seconds
+from builder.models.building import Pipeline
+from builder.models.families import family_named
 from builder.sampling.sampler import Request, Sampler
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -32,6 +34,13 @@ class Trial:
         memory = "" if self.peak is None else f", {self.peak / 1e9:.1f} GB at most"
         said = f"{self.rate:.2f} images/s, {self.utilisation:.0%} of the peak" if self.fits else "does not fit"
         return f"batch {self.batch_size}: {said}{memory}"
+
+
+def random_pipeline(architecture: str, size: int, device: str) -> Pipeline:
+    """A published model at its full size, with random weights, made on the device; BuilderError for an unknown one."""
+    family = family_named(architecture)
+    with torch.device(device):  # in the host's memory it would be drawn for minutes
+        return family.build(family.architecture, size, 0)
 
 
 def try_sizes(

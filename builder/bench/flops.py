@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from builder.sampling.guidance import evaluations
+from builder.sampling.sampler import Sampler
+
 REPEATS = 5
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices: large enough for the peak, small enough for a moment
 
@@ -45,6 +48,12 @@ def cost_of(unet: Any, vae: Any, size: int, passes: int) -> Cost:
         with FlopCounterMode(display=False) as counted:
             decoder.decode(latents)
     return Cost(denoise, float(counted.get_total_flops()), passes)
+
+
+def sampler_cost(sampler: Sampler) -> Cost:
+    """What an image of this sampler costs."""
+    passes = evaluations(sampler.config, sampler.scheduler_config)
+    return cost_of(sampler._unet, sampler._vae, sampler.config.size, passes)
 
 
 def _added(config: Any) -> dict[str, torch.Tensor]:

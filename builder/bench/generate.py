@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from builder.bench.flops import Cost, cost_of
+from builder.bench.flops import Cost, sampler_cost
 from builder.bench.plain import Loop, PlainLoop
 from builder.bench.stages import Stages, measure_unit
 from builder.job.devices import cores, prepare
@@ -24,7 +24,6 @@ from builder.models.checkpoint import read_checkpoint
 from builder.models.load import load_pipeline
 from builder.quality.reference import Reference, save_reference
 from builder.sampling.device import resolve_dtype
-from builder.sampling.guidance import evaluations
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
 
@@ -91,9 +90,7 @@ class Bench:
         worker.make(Unit(0, 0, spec.config.sample.batch_size), lambda images: None)  # to warm up
         first = spec.config.sample.batch_size
         stages = measure_unit(worker, Unit(1, first, first + images))
-        sampler = worker.sampler
-        passes = evaluations(spec.config.sample, sampler.scheduler_config)
-        return stages, cost_of(sampler._unet, sampler._vae, spec.config.sample.size, passes)
+        return stages, sampler_cost(worker.sampler)
 
     def round(self, units: int, workers: int, plain_images: int, plain_batch: int, old_images: int) -> Round:
         """One repeat. units: of `shards.images_per_shard` images each, for either run of the job."""

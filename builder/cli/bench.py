@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from builder.config import Config
     from builder.job.spec import JobSpec
     from builder.quality.reference import Reference
-    from builder.sampling.sampler import Sampler
 
 LEAST = {  # what `--require` demands of the median, on 2 cores with the demo model
     "job / plain loop, same steps": 3.0,
@@ -47,14 +46,15 @@ def bench() -> None:
 @click.option("--old-images", type=click.IntRange(1), default=6, show_default=True, help="Of the loop at 50 steps.")
 @click.option("--architecture", metavar="FAMILY", help="Instead of the job: a full-size model with random weights "
               "(sdxl, sd15), drawn from at growing batch sizes. For a GPU.")  # fmt: skip
+@click.option("--batch-sizes", default="1,2,4,8,16,32,64", show_default=True, help="With --architecture.")
 @click.option("--require", is_flag=True, help="Exit 1 unless the ratios reach 3, 8 and 1.8.")
 @click.option("--json", "target", type=click.Path(dir_okay=False), metavar="FILE", help="Also write the figures there.")
 @out_option
 def generate(
     source: str | None, overrides: tuple[str, ...], preset: str | None, checkpoint: str | None, real: str | None,
     reference: str | None, workers: int | None, units: int, images_per_unit: int | None, repeats: int,
-    plain_images: int, plain_batch: int, old_images: int, architecture: str | None, require: bool, target: str | None,
-    out: str,
+    plain_images: int, plain_batch: int, old_images: int, architecture: str | None, batch_sizes: str,
+    require: bool, target: str | None, out: str,
 ) -> None:  # fmt: skip
     """The job against the plain loop: stages, utilisation, and ratios with their spread.
 
@@ -66,7 +66,7 @@ def generate(
     if images_per_unit:
         config = replace(config, shards=replace(config.shards, images_per_shard=images_per_unit))
     if architecture:
-        figures = _by_batch_size(config, architecture)
+        figures = _by_batch_size(config, architecture, _sizes(batch_sizes))
     else:
         spec, found = job_to_measure(config, checkpoint, real, reference, out)
         figures = _against_the_loop(
@@ -125,42 +125,39 @@ def _against_the_loop(
     }  # fmt: skip
 
 
-def _by_batch_size(config: Config, architecture: str) -> dict[str, Any]:
-    from builder.bench.batch import proposed, try_sizes
-    from builder.bench.flops import cost_of, matrix_peak
+def _by_batch_size(config: Config, architecture: str, sizes: list[int]) -> dict[str, Any]:
+    """A full-size model with random weights (speed does not depend on them), and the plain pipeline beside it."""
+    import tempfile
+
+    from builder.bench.batch import proposed, random_pipeline, try_sizes
+    from builder.bench.flops import matrix_peak, sampler_cost
+    from builder.bench.plain import PlainLoop
     from builder.job.devices import prepare
     from builder.sampling.device import device_model
-    from builder.sampling.guidance import evaluations
+    from builder.sampling.sampler import Sampler
 
-    device = prepare(0)
-    sampler = random_sampler(config, architecture, device)
-    cost = cost_of(
-        sampler._unet, sampler._vae, config.sample.size, evaluations(config.sample, sampler.scheduler_config)
-    )
-    peak = matrix_peak(device, sampler.dtype)
+    device, codes = prepare(0), config.classes.codes
+    prompts = {phase.code: phase.prompt for phase in config.classes}
+    pipeline = random_pipeline(architecture, config.sample.size, device)
+    sampler = Sampler(pipeline, config.sample, prompts, {}, device)
+    cost, peak = sampler_cost(sampler), matrix_peak(device, sampler.dtype)
     click.echo(
         f"{device_model(device)}: {architecture} with random weights, {config.sample.size} px, {config.sample.steps} "
         f"steps, {sampler.dtype_name}; {_engineering(cost.image)}FLOP an image, peak {_engineering(peak)}FLOP/s"
     )
-
-    trials = try_sizes(sampler, config.classes.codes, cost, peak, on_trial=click.echo)
+    trials = try_sizes(sampler, codes, cost, peak, sizes, on_trial=click.echo)
+    plain = PlainLoop(pipeline.to(device, sampler.dtype), config.sample, prompts, {}, config.sample.size)
+    with tempfile.TemporaryDirectory(prefix="builder-bench-") as folder:
+        plain.run(codes[:1], config.sample.steps, 1, Path(folder))  # to warm up
+        loop = plain.run([*codes, *codes], config.sample.steps, 1, Path(folder))
+    click.echo(f"the plain pipeline, a prompt at a time: {1 / loop.unscored:.2f} images/s, saving included")
     if (best := proposed(trials)) is not None:
-        click.echo(f"proposed: sample.batch_size={best.batch_size}")
-    return {"peak": peak, "flops": cost.image, "trials": [vars(trial) for trial in trials]}
-
-
-def random_sampler(config: Config, architecture: str, device: str) -> Sampler:
-    """A sampler of a published model's full size with random weights: speed does not depend on them."""
-    import torch
-
-    from builder.models.families import family_named
-    from builder.sampling.sampler import Sampler
-
-    family = family_named(architecture)
-    with torch.device(device):  # on the device at once: in the host's memory it would be drawn for minutes
-        pipeline = family.build(family.architecture, config.sample.size, 0)
-    prompts = {phase.code: phase.prompt for phase in config.classes}
-    return Sampler(pipeline, config.sample, prompts, {}, device)
+        click.echo(
+            f"proposed: sample.batch_size={best.batch_size}, {best.rate * loop.unscored:.2f} times the plain pipeline"
+        )
+    return {
+        "peak": peak, "flops": cost.image, "plain": 1 / loop.unscored, "trials": [vars(trial) for trial in trials],
+    }  # fmt: skip
 
 
 def job_to_measure(
@@ -204,6 +201,17 @@ def job_to_measure(
         real_out=out,
     )
     return spec, made
+
+
+def _sizes(text: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4]."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1 or sizes != sorted(sizes):
+        raise BuilderError(f"--batch-sizes {text} is not a list of growing numbers", "write --batch-sizes 1,2,4")
+    return sizes
 
 
 def _engineering(value: float) -> str:

@@ -165,12 +165,10 @@ def _scoring(before: Dataset, config: Config, images: int) -> float:
 
 def _propose(sampler: Any, config: Config) -> None:
     from builder.bench.batch import proposed, try_sizes
-    from builder.bench.flops import cost_of, matrix_peak
-    from builder.sampling.guidance import evaluations
+    from builder.bench.flops import matrix_peak, sampler_cost
 
-    passes = evaluations(config.sample, sampler.scheduler_config)
-    cost = cost_of(sampler._unet, sampler._vae, config.sample.size, passes)
-    trials = try_sizes(sampler, config.classes.codes, cost, matrix_peak(sampler.device, sampler.dtype))
+    peak = matrix_peak(sampler.device, sampler.dtype)
+    trials = try_sizes(sampler, config.classes.codes, sampler_cost(sampler), peak)
     for trial in trials:
         click.echo(str(trial))
     best = proposed(trials)
