@@ -34,8 +34,8 @@ from builder.quality.reference import load_reference
 from builder.shards.dataset import Dataset
 from tests.conftest import Result, write_real
 from tests.test_job import CONFIG, run, spec_of
-from tests.test_sampling import CONFIG as SAMPLE
 from tests.test_sampling import ARCHITECTURE, PROMPTS, REQUESTS, SIZE, tiny_pipeline, tiny_sampler
+from tests.test_sampling import CONFIG as SAMPLE
 from tests.test_throughput import starve
 
 TINY = ["--set", "sample.size=16", "--set", "sample.steps=2", "--set", "sample.batch_size=4",
