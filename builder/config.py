@@ -1,4 +1,4 @@
-"""Typed configuration: YAML file, then `--set a.b=c`; unknown keys and impossible values are refused. Fingerprints."""
+"""Typed configuration: YAML, preset, `--set a.b=c`; unknown keys and impossible values are refused. Fingerprints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from builder.errors import BuilderError, did_you_mean
 from builder.phases import HEALING_PHASES, ClassTable
 
+PRESETS = ("fast", "quality")
 NEGATIVE_PROMPT = (
     "blurry, out of focus, low quality, jpeg artifacts, cartoon, illustration, painting, anime, text, watermark, logo"
 )
@@ -132,7 +133,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How an image is drawn. Every key is part of the fingerprint."""
+    """How an image is drawn. Every key is part of the fingerprint.
+
+    `guidance_interval`: [low, high] in sigma; steps at other noise levels are not guided (see sampling.guidance).
+    """
 
     size: int = 512
     steps: int = 25
@@ -141,9 +145,13 @@ class SampleConfig:
     negative_prompt: str = NEGATIVE_PROMPT
     batch_size: int = 8
     dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU
+    guidance_interval: list[float] = field(default_factory=list)  # empty: all noise levels
+    compile: bool = False  # torch.compile of the denoiser's repeated blocks: changes the last bits
 
     def __post_init__(self) -> None:
         _at_least(self, "sample", size=8, steps=1, guidance=1, batch_size=1)  # guidance 1 samples without guidance
+        if self.guidance_interval:
+            _range(self, "sample", guidance_interval=0.0)
 
 
 @dataclass(frozen=True)
@@ -226,9 +234,10 @@ class Config:
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
     """Read a config: a path, the name of a file in `configs/`, or None for the defaults; then `a.b=c` overrides.
 
+    A preset, of those in `configs/presets/`, stands between the two; nothing remembers its name, only its values.
     Raises BuilderError for a missing file, an unknown key (the nearest one is suggested) or a value of a wrong type.
     """
     data: dict[str, Any] = {}
@@ -238,6 +247,10 @@ def load_config(source: str | None = None, overrides: Sequence[str] = ()) -> Con
         where = str(path)
         data = _read(path)
         data["name"] = data.get("name", path.stem)
+    if preset is not None:
+        if preset not in PRESETS:
+            raise BuilderError(f"unknown preset '{preset}'", did_you_mean(preset, PRESETS))
+        data = _merged(data, _read(find_config(f"presets/{preset}")))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -27,7 +27,8 @@ from builder.models.families import FAMILIES
 from builder.models.history import Entry, History
 from builder.models.load import load_pipeline
 from builder.models.lora import add_lora
-from builder.sampling.sampler import Request, Sampler, load_sampler, to_pixels
+from builder.sampling.pixels import to_pixels
+from builder.sampling.sampler import Request, Sampler, load_sampler
 from builder.shards.dataset import Dataset, resize
 from builder.training.data import CropSampler, load_crops, step_generator
 from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts

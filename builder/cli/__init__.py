@@ -17,8 +17,11 @@ import click
 
 import builder
 from builder.cli.ablate import ablate
+from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
 from builder.cli.demo import demo
+from builder.cli.doctor import doctor
+from builder.cli.estimate import estimate
 from builder.cli.filter import filter_
 from builder.cli.inspect import compact, list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
@@ -59,6 +62,9 @@ for command in (
     rm,
     sheet,
     demo,
+    bench,
+    estimate,
+    doctor,
 ):
     cli.add_command(command)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from builder.config import Config
+from builder.config import PRESETS, Config
 from builder.errors import BuilderError
 from builder.models.guards import GUARDS, Finding
 from builder.progress import is_first_process
@@ -31,6 +31,14 @@ def config_options(function: F) -> F:
     return click.option("--config", "source", metavar="FILE|NAME", help="A YAML file, or the name of one in configs/.")(
         function
     )
+
+
+def preset_option(function: F) -> F:
+    """--preset: values of sample.*, between the config and --set."""
+    return click.option(
+        "--preset", metavar="|".join(PRESETS), help="Sample as configs/presets/ says: what each costs stands there. "
+        "[default: the config as it is]",
+    )(function)  # fmt: skip
 
 
 def guard_options(function: F) -> F:

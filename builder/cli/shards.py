@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder.cli.criteria import Asked, CriteriaCommand, Number, criteria_options, print_judgement
-from builder.cli.options import config_options, guard_options, out_option, partial_option, require_no_leak, warn
+from builder.cli.options import (
+    config_options,
+    guard_options,
+    out_option,
+    partial_option,
+    preset_option,
+    require_no_leak,
+    warn,
+)
 from builder.errors import BuilderError
 from builder.phases import ClassTable
 
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--count", type=int, required=True, help="Images in all, over the phases. A larger COUNT extends.")
 @click.option("--weights", default="", metavar="I=1,P=2", help="Shares of the phases. [default: equal]")
 @config_options
+@preset_option
 @click.option("--name", help="Name of the dataset. [default: <config>-<PHASES>]")
 @click.option("--checkpoint", metavar="NAME|DIR", help="Checkpoint to draw from; of the config's run also best, "
               "latest, epoch=30, step=1200. [default: the config's]")  # fmt: skip
@@ -50,8 +59,9 @@ if TYPE_CHECKING:
 @criteria_options(of_sets=False)
 @guard_options
 def shards(
-    phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], name: str | None,
-    checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None, address: str, grace: float,
+    phases: str, count: int, weights: str, source: str | None, overrides: tuple[str, ...], preset: str | None,
+    name: str | None, checkpoint: str | None, real: str | None, out: str, engine: str, workers: int | None,
+    address: str, grace: float,
     seed: int | None, guidance: float | None, steps: int | None, size: int | None,
     accepted: bool, max_factor: float | None, silenced: tuple[str, ...], allow_leak: str | None, **options: Any,
 ) -> None:  # fmt: skip
@@ -69,7 +79,7 @@ def shards(
             "there are options of --accepted without it: nothing would be filtered",
             "add --accepted to go on until COUNT images pass, or run `builder filter` on the finished dataset",
         )
-    config = load_config(source or "demo", overrides)
+    config = load_config(source or "demo", overrides, preset)
     given: dict[str, Any] = {"guidance": guidance, "steps": steps, "size": size}
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     config = replace(config, sample=sample, seed=config.seed if seed is None else seed)
@@ -104,7 +114,7 @@ def shards(
         require_decidable(asked.criteria())
         accepted_dataset(dataset)
     require_scheduler(config.sample.scheduler)
-    against = _real_dataset(real or config.real, out, config.classes)
+    against = real_dataset(real or config.real, out, config.classes)
     config = require_no_leak(
         config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"
     )
@@ -238,7 +248,7 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
+def real_dataset(reference: str, out: str, classes: ClassTable) -> Dataset:
     """The real dataset, checked; the phantom, which ships with the package, is made when it isn't there."""
     from builder.demo.phantom_dataset import ensure_demo
     from builder.shards.dataset import find_dataset

@@ -32,5 +32,8 @@ def prepare(worker: int) -> str:
     """
     import torch
 
+    from builder.arithmetic import settle
+
+    settle()
     torch.set_num_threads(1)
     return f"cuda:{worker % torch.cuda.device_count()}" if device_kind() == "cuda" else "cpu"

@@ -100,17 +100,22 @@ class Regenerator:
         size = row["batch_size"]
         start = row["position"] // size * size
         images = replay_batch(
-            self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype
-        )
+            self.spec, self.sampler, start, start + size, row["reserve"], row["dtype"] != self.spec.dtype,
+            row.get("micro_batch"),
+        )  # fmt: skip
         image = next(image for image, _ in images if image.position == row["position"])
         stored = self.dataset.pixels(row)
+        differences = self._differences(row)
+        at_once = row.get("micro_batch") or size
+        if image.micro_batch != at_once:
+            differences.append(f"images at once: {at_once} then, {image.micro_batch} now, for want of memory")
         difference = np.abs(image.pixels.astype(int) - stored.astype(int))
         return Comparison(
             key=key,
             identical=pixel_sha256(image.pixels) == row["sha256"],
             max_difference=int(difference.max()),
             mean_difference=float(difference.mean()),
-            differences=self._differences(row),
+            differences=differences,
             pixels=image.pixels,
         )
 

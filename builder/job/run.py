@@ -24,6 +24,7 @@ from builder.job.devices import device_kind, prepare
 from builder.job.engines import engine_name, engine_of, ranks
 from builder.job.failures import Failures
 from builder.job.launch import Place, place_of
+from builder.job.notices import notices
 from builder.job.pending import all_units, committed_units
 from builder.job.plan import Unit
 from builder.job.spec import JobSpec
@@ -106,7 +107,7 @@ def run_job(
         progress = _Progress(total, there, max(1, workers), failures, crew.place, watch)
         started = time.monotonic()
         try:
-            with progress.bar:
+            with progress.bar, notices(partial(progress.bar.write, file=sys.stderr)):
                 if run_alone is not None:
                     run_alone(spec, pending, workers, progress)
                 elif isinstance(crew, Together):

@@ -34,6 +34,10 @@ class JobSpec:
     def keys(self) -> dict[str, Any]:
         """What decides the images, by name. A change of any of them is another dataset."""
         sample = self.config.sample
+        later = {  # keys younger than some datasets: at their default they say nothing, so old fingerprints stay
+            "guidance_interval": [float(sigma) for sigma in sample.guidance_interval],
+            "compile": sample.compile,
+        }
         return {
             "classes": self.config.classes.to_json(),
             "checkpoint": self.checkpoint_sha256,
@@ -49,6 +53,7 @@ class JobSpec:
             "weights": list(self.plan.weights),
             "codec": self.config.shards.codec,
             "images_per_shard": self.config.shards.images_per_shard,
+            **{key: value for key, value in later.items() if value},
         }
 
     @property
@@ -57,15 +62,16 @@ class JobSpec:
 
     def is_same(self, recorded: dict[str, Any]) -> bool:
         """Whether the recorded keys of a dataset are this job's."""
-        mine = self._plain_keys()
-        return all(recorded.get(key) == value for key, value in mine.items())
+        return self._plain_keys() == recorded
 
     def require_same(self, recorded: dict[str, Any]) -> None:
         """Refuse to continue a dataset that other settings made, naming the keys that differ."""
         mine = self._plain_keys()
-        changed = [key for key in mine if mine[key] != recorded.get(key)]
+        changed = [key for key in {**mine, **recorded} if mine.get(key) != recorded.get(key)]
         if changed:
-            said = "; ".join(f"{key}: {_short(recorded.get(key))} there, {_short(mine[key])} now" for key in changed)
+            said = "; ".join(
+                f"{key}: {_short(recorded.get(key))} there, {_short(mine.get(key))} now" for key in changed
+            )
             raise BuilderError(
                 f"dataset '{self.name}' was begun with other settings: {said}",
                 f"use the old settings to continue it, another --name, or `builder rm {self.name}` to start over",

@@ -1,14 +1,22 @@
-"""One worker: a loaded model and scorer that turn units of the plan into committed shards."""
+"""One worker: a loaded model and scorer that turn units of the plan into committed shards.
+
+On a GPU a batch is scored and encoded on threads while the next is drawn, and a unit may be committed while the next
+begins, so that the device has work all the time. A CPU worker has one core, on which threads would only take turns:
+there everything happens in order. Samples are put together in the plan's order either way.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from builder.errors import BuilderError
 from builder.job.plan import Unit, batches
@@ -39,15 +47,32 @@ class Image:
     seed: int
     reserve: int
     dtype: str
+    micro_batch: int
     original_size: int
     seconds: float
     pixels: Any  # uint8 [H, W, 3]
 
 
-class Worker:
-    """Loads once; `make(unit)` generates, scores and commits one shard."""
+Finished = tuple[list[Sample], np.ndarray]  # of a batch: what goes into the shard, and the features [N, dimension]
+ENCODERS = 4  # threads: a PNG of 512 px takes longer than its share of scoring
 
-    def __init__(self, spec: JobSpec, device: str) -> None:
+
+class _InOrder(Executor):
+    """Runs what is submitted at once, here; an error is raised at once, too."""
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(call(*args, **keywords))
+        return future
+
+
+class Worker:
+    """Loads once; `make(unit)` generates, scores and commits one shard.
+
+    device: a torch device. overlap: score, encode and commit on threads; None: where the device is not the CPU.
+    """
+
+    def __init__(self, spec: JobSpec, device: str, overlap: bool | None = None) -> None:
         self.spec = spec
         self.dataset = Dataset(spec.name, Storage(spec.out))
         self.checkpoint = read_checkpoint(Path(spec.checkpoint))
@@ -55,29 +80,69 @@ class Worker:
         real = find_dataset(spec.real, spec.real_out)
         self.reference = load_reference(self.dataset)
         self.scorer = Scorer(self.reference, real, spec.config.score, device)
+        self._scoring: Executor = _InOrder()
+        self._encoding: Executor = _InOrder()
+        if self.sampler.device.type != "cpu" if overlap is None else overlap:
+            # One thread scores: the order of its work, and with it every bit, is that of the batches.
+            self._scoring = ThreadPoolExecutor(1, "score", initializer=torch.set_num_threads, initargs=(1,))
+            self._encoding = ThreadPoolExecutor(ENCODERS, "encode")
+        self._stream: torch.cuda.Stream | None = None  # of its own, else scoring would wait for the next batch's steps
+        if self.sampler.device.type == "cuda":
+            torch.cuda.synchronize(self.sampler.device)  # what was loaded on the default stream is there
+            self._stream = torch.cuda.Stream(self.sampler.device)
 
     def make(self, unit: Unit, on_batch: Callable[[int], None]) -> int:
         """Make and commit one unit; `on_batch` hears of each batch's new images. Returns how many were replaced."""
-        samples: list[Sample] = []
-        features = []
+        return self.begin(unit, on_batch).result()
+
+    def begin(self, unit: Unit, on_batch: Callable[[int], None]) -> Future[int]:
+        """Draw one unit. The result, how many images were replaced, comes once the unit is committed.
+
+        The next unit may begin before. An error of scoring or writing is the result's, or is raised here.
+        """
+        pending: list[Future[Finished]] = []
         replaced = 0
-        for start, stop in batches(unit, self.spec.config.sample.batch_size):
-            images = make_batch(self.spec, self.sampler, start, stop)
-            kept = [image for image in images if unit.start <= image.position < unit.stop]
-            scores = self.scorer.score([image.pixels for image in kept], [image.code for image in kept])
-            features.append(self.scorer.last_features)
-            samples += [self._sample(image, score) for image, score in zip(kept, scores, strict=True)]
-            replaced += sum(image.reserve > 0 for image in kept)
-            on_batch(len(kept))
+        try:
+            for start, stop in batches(unit, self.spec.config.sample.batch_size):
+                images = make_batch(self.spec, self.sampler, start, stop)
+                kept = [image for image in images if unit.start <= image.position < unit.stop]
+                pending.append(self._scoring.submit(self._finish, kept))
+                replaced += sum(image.reserve > 0 for image in kept)
+                on_batch(len(kept))
+                _raise_errors(pending)
+            return self._scoring.submit(self._commit, unit, pending, replaced)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+
+    def _finish(self, images: Sequence[Image]) -> Finished:
+        """Score and encode a batch."""
+        payloads = self._encoding.map(encode_png, [image.pixels for image in images])
+        with self._on_own_stream():
+            scores = self.scorer.score([image.pixels for image in images], [image.code for image in images])
+        samples = [
+            self._sample(image, score, payload)
+            for image, score, payload in zip(images, scores, payloads, strict=True)
+        ]  # fmt: skip
+        return samples, self.scorer.last_features
+
+    def _commit(self, unit: Unit, pending: Sequence[Future[Finished]], replaced: int) -> int:
+        """Write the shard of a unit whose batches are finished: they were submitted before this."""
+        parts = [future.result() for future in pending]
+        samples = [sample for part, _ in parts for sample in part]
         place = {"start": str(unit.start), "stop": str(unit.stop), STAMP: self.reference.version}
         if not write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place, shared=True):
             return replaced  # a peer's shard is there, maybe with other pixels: these features are not of it
         hashes = [sample.row["sha256"] for sample in samples]
-        size = self.spec.config.sample.size
-        save_features(self.dataset, unit.number, self.scorer.extractor, size, hashes, np.concatenate(features))
+        size, features = self.spec.config.sample.size, np.concatenate([features for _, features in parts])
+        save_features(self.dataset, unit.number, self.scorer.extractor, size, hashes, features)
         return replaced
 
-    def _sample(self, image: Image, scores: dict[str, Any]) -> Sample:
+    def _on_own_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _sample(self, image: Image, scores: dict[str, Any], payload: bytes) -> Sample:
         spec, sample = self.spec, self.spec.config.sample
         classes: ClassTable = spec.config.classes
         key = f"{spec.name}-{image.code}-{image.index:08d}"
@@ -92,16 +157,25 @@ class Worker:
             "prompt": classes[image.code].prompt,
             "negative_prompt": sample.negative_prompt,
             "guidance": sample.guidance,
+            "guidance_interval": sample.guidance_interval or None,
             "steps": sample.steps,
             "scheduler": sample.scheduler,
             "batch_size": sample.batch_size,
+            "micro_batch": image.micro_batch if image.micro_batch < sample.batch_size else None,
             "dtype": image.dtype,
             "device": self.sampler.device_model,
             "seconds": image.seconds,
             "original_size": [image.original_size] * 2,
             **scores,
         }
-        return Sample(row, encode_png(image.pixels))
+        return Sample(row, payload)
+
+
+def _raise_errors(pending: Sequence[Future[Any]]) -> None:
+    """Raise the error of a batch that could not be scored now, rather than once its whole unit is drawn."""
+    for future in pending:
+        if future.done():
+            future.result()
 
 
 def make_batch(spec: JobSpec, sampler: Sampler, start: int, stop: int) -> list[Image]:
@@ -132,20 +206,26 @@ def make_batch(spec: JobSpec, sampler: Sampler, start: int, stop: int) -> list[I
 
 
 def replay_batch(
-    spec: JobSpec, sampler: Sampler, start: int, stop: int, reserve: int, precise: bool
+    spec: JobSpec, sampler: Sampler, start: int, stop: int, reserve: int, precise: bool, micro_batch: int | None = None
 ) -> list[tuple[Image, bool]]:
-    """Run one batch of the plan on one reserve, in the job's dtype or the next higher: each image, and if it is bad."""
+    """Run one batch of the plan on one reserve, in the job's dtype or the next higher: each image, and if it is bad.
+
+    `micro_batch`: how many images at once it was made of where memory had run out.
+    """
     places = spec.plan.at(start, stop)
     labels = [spec.config.classes.label(code) for code, _ in places]
     seeds = [seed_of(spec.config.seed, label, index, reserve) for (_, index), label in zip(places, labels, strict=True)]
     requests = [Request(code, label, seed) for (code, _), label, seed in zip(places, labels, seeds, strict=True)]
-    batch = sampler.generate(requests, precise)
+    batch = sampler.generate(requests, precise, micro_batch)
     dtype = dtype_name(HIGHER_PRECISION[sampler.dtype] if precise else sampler.dtype)
     seconds = batch.seconds / len(places)
     return [
         (
-            Image(code, index, start + i, seeds[i], reserve, dtype, batch.original_sizes[i], seconds, batch.pixels[i]),
+            Image(
+                code, index, start + i, seeds[i], reserve, dtype, batch.micro_batch, batch.original_sizes[i], seconds,
+                batch.pixels[i],
+            ),
             bad,
         )
         for i, ((code, index), bad) in enumerate(zip(places, batch.bad, strict=True))
-    ]
+    ]  # fmt: skip

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from builder.arithmetic import convolutions
 from builder.config import ScoreConfig
 from builder.errors import BuilderError
 from builder.quality.panel import each_by_phase
@@ -80,7 +81,8 @@ class PanelLPIPS:
 
     def each(self, images: torch.Tensor | Sequence[torch.Tensor], codes: Sequence[str]) -> list[np.ndarray]:
         """The distances of each image to the K images of its phase's panel, float64 [K], in the panel's order."""
-        return each_by_phase(list(images), codes, self._panels, BATCH, self._distances)
+        with convolutions(tf32=False):
+            return each_by_phase(list(images), codes, self._panels, BATCH, self._distances)
 
     @torch.inference_mode()
     def _panel(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:

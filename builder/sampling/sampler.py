@@ -4,11 +4,16 @@ In float32 the pixels are those of the family's plain diffusers pipeline called 
 scheduler, guidance scale, steps, original and target size (SDXL), and with a list of generators, one per image:
 `torch.Generator("cpu").manual_seed(seed)`.
 In a lower precision only the denoiser runs in it: the solver's state, the micro-conditioning and the decoder stay in
-float32, so nothing overflows (SDXL's decoder does in float16) and no step rounds the image.
+float32 (the decoder's convolutions then in TF32, on GPUs that have it), so nothing overflows (SDXL's decoder does in
+float16) and no step rounds the image.
+
+Attention is torch's scaled_dot_product_attention, which diffusers calls by default; on a GPU weights are channels_last;
+the text encoders are let go once the prompts are encoded.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,18 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from builder.arithmetic import convolutions
 from builder.config import Config, SampleConfig
 from builder.errors import BuilderError
 from builder.models.families import family_of
 from builder.sampling.device import device_model, dtype_name, resolve_dtype
+from builder.sampling.guidance import guided_steps
+from builder.sampling.pixels import blank, to_levels
 from builder.sampling.prompts import PromptEmbedding, encode_prompts
 from builder.sampling.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from builder.models.checkpoint import Checkpoint
 
-BLACK_LEVEL = 4.0  # an image with a mean below it, of 255, is black
-FLAT_DEVIATION = 2.0  # an image whose every channel deviates less, in levels, has one colour
+log = logging.getLogger(__name__)
 
 HIGHER_PRECISION = {
     torch.float16: torch.float32,
@@ -53,12 +60,14 @@ class Batch:
 
     pixels: uint8 RGB [N, H, W, 3]. bad: True where latents or pixels were not finite, or the image is black or of one
     colour. original_sizes: side in px that each image was conditioned on. seconds: wall time of the whole batch.
+    micro_batch: images that went through the networks at once, all of them but for want of memory.
     """
 
     pixels: np.ndarray
     bad: list[bool]
     original_sizes: list[int]
     seconds: float
+    micro_batch: int
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,8 @@ class Sampler:
         self.device = torch.device(device)
         self.dtype = dtype or resolve_dtype(config.dtype, device)
         self._family = family_of(pipeline)
-        self._scheduler_config = dict(pipeline.scheduler.config)
-        make_scheduler(config.scheduler, self._scheduler_config)  # refuse an unknown name now, not at the first batch
+        self.scheduler_config = dict(pipeline.scheduler.config)
+        make_scheduler(config.scheduler, self.scheduler_config)  # refuse an unknown name now, not at the first batch
         self._shrink = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         _require_multiple(config.size, self._shrink)
         embeddings = encode_prompts(pipeline, prompts, config.negative_prompt)
@@ -110,6 +119,9 @@ class Sampler:
         layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self._unet: Any = _move(pipeline.unet.eval(), self.device, self.dtype, memory_format=layout)
         self._vae: Any = _move(pipeline.vae.eval(), self.device, torch.float32, memory_format=layout)
+        self._fits: dict[bool, int] = {}  # the largest micro-batch since memory ran out, by `precise`
+        if config.compile:
+            compile_blocks(self._unet)
 
     @property
     def dtype_name(self) -> str:
@@ -126,26 +138,64 @@ class Sampler:
         sizes = self.original_sizes.get(code)
         return sizes[seed % len(sizes)] if sizes else self.config.size
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], precise: bool = False) -> Batch:
+    def generate(self, requests: Sequence[Request], precise: bool = False, micro_batch: int | None = None) -> Batch:
         """Draw one batch. Pixels are the same whenever the same batch is drawn on the same kind of machine.
 
         The batch is denoised as it is given; pass whole batches of the plan, as pixels depend on batch membership.
         `precise` runs denoiser and decoder in the next higher precision: the second try of a batch with bad images.
+        Where the device's memory runs out, the batch is drawn in parts of half as many images, and so are those after
+        it: the result says so, because pixels depend on that too. `micro_batch` replays such a batch.
+        BuilderError where not even this, or a single image, fits.
         """
+        self._require_known(requests)
         started = time.perf_counter()
+        size = micro_batch or min(self._fits.get(precise, len(requests)), len(requests))
+        while (drawn := self._tried(requests, precise, size)) is None:
+            if micro_batch or size == 1:
+                raise BuilderError(
+                    f"the memory of {self.device_model} is too small for {size} image{'s' * (size > 1)} of "
+                    f"{self.config.size} px at once",
+                    "free it of other programs, take a smaller sample.size, or a device with more (`builder doctor`)",
+                )
+            fewer = -(-size // 2)
+            log.warning(
+                "out of memory with %d images at once on %s: on with %d, which the manifest records as micro_batch; "
+                "sample.batch_size=%d would be as fast and give the same pixels everywhere",
+                size, self.device_model, fewer, fewer,
+            )  # fmt: skip
+            size = self._fits[precise] = fewer
+        pixels, bad = drawn
+        sizes = [self.original_size(request.code, request.seed) for request in requests]
+        return Batch(pixels.cpu().numpy(), bad.tolist(), sizes, time.perf_counter() - started, size)
+
+    def _require_known(self, requests: Sequence[Request]) -> None:
         for request in requests:
             if request.code not in self._embeddings.positive:
                 known = ", ".join(self._embeddings.positive)
                 raise BuilderError(f"no prompt was given for phase '{request.code}'", f"the sampler knows {known}")
-        sizes = [self.original_size(request.code, request.seed) for request in requests]
-        with self._precision(precise) as (dtype, vae_dtype):
-            latents = self._denoise(self._noise(requests), self._conditions(requests, sizes, dtype), dtype)
-            decoded = self._decode(latents.to(vae_dtype))
-            finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
-            pixels = to_pixels(decoded)
-        bad = [not ok or is_blank(image) for ok, image in zip(finite.tolist(), pixels, strict=True)]
-        return Batch(pixels, bad, sizes, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def _tried(self, requests: Sequence[Request], precise: bool, size: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(uint8 [N, H, W, 3], bad [N]) on the device, drawn `size` images at a time; None when memory runs out."""
+        try:
+            with self._precision(precise) as dtypes:
+                parts = [self._draw(requests[at : at + size], *dtypes) for at in range(0, len(requests), size)]
+                pixels, bad = (torch.cat(part) for part in zip(*parts, strict=True))
+                return pixels, bad
+        except torch.OutOfMemoryError:
+            pass  # its traceback holds the tensors that took the memory; it is gone once this block is left
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _draw(
+        self, requests: Sequence[Request], dtype: torch.dtype, vae_dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self._denoise(self._noise(requests), self._conditions(requests, dtype), dtype)
+        decoded = self._decode(latents.to(vae_dtype))
+        finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
+        levels = to_levels(decoded)
+        return levels, ~finite | blank(levels)
 
     @contextmanager
     def _precision(self, higher: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
@@ -154,9 +204,9 @@ class Sampler:
             yield self.dtype, torch.float32
             return
         dtype, vae_dtype = HIGHER_PRECISION[self.dtype], torch.float64
-        _move(self._unet, dtype)
-        _move(self._vae, vae_dtype)
         try:
+            _move(self._unet, dtype)
+            _move(self._vae, vae_dtype)
             yield dtype, vae_dtype
         finally:
             _move(self._unet, self.dtype)
@@ -169,10 +219,9 @@ class Sampler:
         noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(request.seed)) for request in requests]
         return torch.cat(noise).to(self.device)
 
-    def _conditions(
-        self, requests: Sequence[Request], sizes: Sequence[int], dtype: torch.dtype
-    ) -> tuple[_Condition, _Condition]:
+    def _conditions(self, requests: Sequence[Request], dtype: torch.dtype) -> tuple[_Condition, _Condition]:
         """(negative, positive) conditioning of a batch."""
+        sizes = [self.original_size(request.code, request.seed) for request in requests]
         positive = [self._embeddings.positive[request.code] for request in requests]
         negative = [self._embeddings.negative] * len(requests)
         return self._condition(negative, sizes, dtype), self._condition(positive, sizes, dtype)
@@ -188,16 +237,17 @@ class Sampler:
         self, noise: torch.Tensor, conditions: tuple[_Condition, _Condition], dtype: torch.dtype
     ) -> torch.Tensor:
         """Solve the probability-flow ODE from noise to clean latents [N, C, h, w] in float32."""
-        scheduler = make_scheduler(self.config.scheduler, self._scheduler_config)
+        scheduler = make_scheduler(self.config.scheduler, self.scheduler_config)
         scheduler.set_timesteps(self.config.steps, device=self.device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # else the solver looks its first step up on the device, and waits for it
         negative, positive = conditions
         both = _Condition.joined(negative, positive)
         latents = noise * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        guided = guided_steps(scheduler, self.config.guidance, self.config.guidance_interval)
+        for timestep, both_halves in zip(scheduler.timesteps, guided, strict=True):
             model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
-            if self.config.guidance > 1:
+            if both_halves:
                 prediction = self._unet_output(torch.cat([model_input] * 2), timestep, both)
                 without, prompted = prediction.chunk(2)
                 prediction = without + self.config.guidance * (prompted - without)  # Ho & Salimans 2022
@@ -224,19 +274,8 @@ class Sampler:
             latents = latents * deviation / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor
-        return self._vae.decode(latents, return_dict=False)[0]
-
-
-def to_pixels(decoded: torch.Tensor) -> np.ndarray:
-    """Decoded images [N, 3, H, W], -1..1, as uint8 RGB [N, H, W, 3], rounded as diffusers does; NaN becomes black."""
-    unit = (decoded.float() * 0.5 + 0.5).clamp(0, 1).nan_to_num(0.0)
-    return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
-
-
-def is_blank(pixels: np.ndarray) -> bool:
-    """Whether an image, uint8 [H, W, 3], is (nearly) black or (nearly) of one colour."""
-    values = pixels.astype(np.float32)
-    return bool(values.mean() < BLACK_LEVEL or values.std(axis=(0, 1)).max() < FLAT_DEVIATION)
+        with convolutions(tf32=self.dtype != torch.float32):
+            return self._vae.decode(latents, return_dict=False)[0]
 
 
 def load_sampler(checkpoint: Checkpoint, config: Config, device: str = "cpu") -> Sampler:
@@ -246,6 +285,19 @@ def load_sampler(checkpoint: Checkpoint, config: Config, device: str = "cpu") ->
     pipeline = load_pipeline(checkpoint, "cpu", torch.float32)  # text encoders and decoder: exact, and off the GPU
     prompts = {phase.code: phase.prompt for phase in config.classes}
     return Sampler(pipeline, config.sample, prompts, checkpoint.original_sizes, device)
+
+
+def compile_blocks(unet: Any) -> None:
+    """Compile the denoiser's repeated blocks, for each shape they meet and without autotuning.
+
+    Autotuning would choose kernels by the clock, and kernels of any shape by which came first: bits would follow.
+    BuilderError for a denoiser that has no such blocks.
+    """
+    torch._dynamo.config.recompile_limit = 64  # widths x resolutions x guided or not x precision; the default is 8
+    try:
+        unet.compile_repeated_blocks(fullgraph=True, dynamic=False)
+    except ValueError as error:  # a denoiser without transformer blocks
+        raise BuilderError(f"sample.compile: {error}", "set it to false") from None
 
 
 def _move(module: torch.nn.Module, *to: Any, **keywords: Any) -> torch.nn.Module:

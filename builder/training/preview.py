@@ -12,7 +12,8 @@ from torch import Tensor
 
 from builder.models.building import Pipeline
 from builder.phases import ClassTable
-from builder.sampling.sampler import Request, Sampler, to_pixels
+from builder.sampling.pixels import to_pixels
+from builder.sampling.sampler import Request, Sampler
 from builder.training.vae import encode
 
 

@@ -15,32 +15,27 @@ Wall time is what a user waits; CPU time is the fairer figure where others share
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from builder.bench.generate import Bench
+from builder.bench.stages import COLUMNS, Clock
 from builder.config import Config, load_config
 from builder.demo.phantom_dataset import PHANTOM, ensure_phantom
 from builder.errors import BuilderError
-from builder.job import worker as job
-from builder.job.plan import Plan, Unit
+from builder.job.plan import Plan
 from builder.job.spec import JobSpec
 from builder.models.checkpoint import Checkpoint, resolve
 from builder.quality.build import build_reference
 from builder.quality.panel import choose_panel, rows_by_phase, spread
-from builder.quality.reference import save_reference
+from builder.quality.reference import load_reference
 from builder.quality.ssim import SIGMA, WINDOW, PanelSSIM, bring_to
 from builder.sampling.device import dtype_name, resolve_dtype
 from builder.shards.dataset import Dataset, find_dataset, resize
-from builder.shards.storage import Storage
 from tests.acceptance.report import Report
 
 BORDER = WINDOW // 2  # px at each edge where torchmetrics' windows take in mirrored pixels
@@ -48,28 +43,6 @@ LOOP_IMAGES, GRID_IMAGES, FULL_IMAGES = 8, 64, 16
 LARGEST_DEVIATION = 0.005
 LARGEST_SCORE_SHARE = 0.40
 LEAST_RATIO = 20  # of the panel's SSIM to the plain loop
-PART = "- "  # before the name of a scorer, whose time is part of "score"
-STAGES = ("noise and denoise", "decode", "score", "encode", "write")
-
-
-class Clock:
-    """Wall and CPU seconds by stage."""
-
-    def __init__(self) -> None:
-        self.wall: dict[str, float] = defaultdict(float)
-        self.cpu: dict[str, float] = defaultdict(float)
-
-    def timed(self, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, whose time counts towards `stage`."""
-
-        def clocked(*args: Any, **keywords: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.process_time()
-            result = call(*args, **keywords)
-            self.wall[stage] += time.perf_counter() - wall
-            self.cpu[stage] += time.process_time() - cpu
-            return result
-
-        return clocked
 
 
 def main() -> None:
@@ -79,6 +52,7 @@ def main() -> None:
     parser.add_argument("--config", default="demo")
     parser.add_argument("--checkpoint", help="default: the config's")
     parser.add_argument("--count", type=int, help="images of the unit; default: one shard of the config")
+    parser.add_argument("--reference", help="dataset under --out whose reference to score by; default: a new one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(options.config)
@@ -94,7 +68,7 @@ def main() -> None:
             raise
         print(f"\nthe batch job is not measured: {error.what}")
     else:
-        bench_job(report, real, config, checkpoint, options.count or config.shards.images_per_shard)
+        bench_job(report, real, config, checkpoint, options.count or config.shards.images_per_shard, options.reference)
     report.end()
 
 
@@ -160,70 +134,46 @@ def _loop(images: list[torch.Tensor], panel: list[torch.Tensor], size: int) -> n
     return result
 
 
-def bench_job(report: Report, real: Dataset, config: Config, checkpoint: Checkpoint, count: int) -> None:
+def bench_job(
+    report: Report, real: Dataset, config: Config, checkpoint: Checkpoint, count: int, reference: str | None
+) -> None:
     """One worker makes one unit in a temporary output root, its stages on the clock."""
-    with tempfile.TemporaryDirectory(prefix="builder-bench-") as folder:
-        spec = JobSpec(
-            config=replace(config, shards=replace(config.shards, images_per_shard=count)),
-            plan=Plan.of(config.classes.codes),
-            name="bench",
-            out=folder,
-            checkpoint=str(checkpoint.path),
-            checkpoint_sha256=checkpoint.sha256,
-            dtype=dtype_name(resolve_dtype(config.sample.dtype, "cpu")),
-            real=real.name,
-            real_out=real.storage.root,
-        )
-        started = time.perf_counter()
-        reference = build_reference(real, config.score, spec.plan.codes, image_size=config.sample.size)
-        save_reference(Dataset(spec.name, Storage(folder)), reference)
-        once = time.perf_counter() - started
-        started = time.perf_counter()
-        worker = job.Worker(spec, "cpu")
-        loaded = time.perf_counter() - started
-        clock = Clock()
-        replaced = _instrumented(worker, clock)(Unit(0, 0, count), lambda images: None)
-        written = sum(file.stat().st_size for file in Path(folder).rglob("shard-*"))
-    rows = []
-    for spent in (clock.wall, clock.cpu):
-        spent["noise and denoise"] = spent.pop("sampler") - spent["decode"]
-        spent["rest"] = spent["all"] - sum(spent[stage] for stage in STAGES)
-    parts = sorted(stage for stage in clock.wall if stage.startswith(PART))
-    for stage in (*STAGES[:3], *parts, *STAGES[3:], "rest", "all"):
-        wall, cpu = clock.wall[stage], clock.cpu[stage]
-        share = f"{wall / clock.wall['all']:.1%}"
-        rows.append((stage, f"{1000 * wall / count:.2f}", f"{1000 * cpu / count:.2f}", share))
-    share = clock.wall["score"] / clock.wall["all"]
-    sample = config.sample
+    spec = JobSpec(
+        config=replace(config, shards=replace(config.shards, images_per_shard=count)),
+        plan=Plan.of(config.classes.codes),
+        name="bench",
+        out="",
+        checkpoint=str(checkpoint.path),
+        checkpoint_sha256=checkpoint.sha256,
+        dtype=dtype_name(resolve_dtype(config.sample.dtype, "cpu")),
+        real=real.name,
+        real_out=real.storage.root,
+    )
+    started = time.perf_counter()
+    if reference:
+        made = load_reference(Dataset(reference, real.storage))
+    else:
+        made = build_reference(real, config.score, spec.plan.codes, image_size=config.sample.size)
+    once = time.perf_counter() - started
+    measured = Bench(spec, made)
+    try:
+        stages, _ = measured.stages(count)
+    finally:
+        measured.close()
+    sample, share = config.sample, stages.share("score")
     heading = (
         f"one worker, one unit of {count} images: {sample.size} px, {sample.steps} steps of {sample.scheduler}, "
         f"guidance {sample.guidance:g}, batches of {sample.batch_size}, {spec.dtype}"
     )
-    report.table(heading, ["stage", "ms/image", "CPU ms/image", "share"], rows)
+    report.table(heading, COLUMNS, stages.table())
     report.criterion(
         f"scoring (all columns) takes {share:.1%} of the job's time (required <= {LARGEST_SCORE_SHARE:.0%})",
         share <= LARGEST_SCORE_SHARE,
     )
     print(
-        f"{count / clock.wall['all']:.1f} images/s of one worker ({count / clock.cpu['all']:.1f} a CPU second); "
-        f"before: {once:.1f} s once a job for panel and gates, {loaded:.1f} s a worker to load; "
-        f"{replaced} images replaced; {written / count / 1000:.1f} kB an image"
+        f"{count / stages.seconds:.1f} images/s of one worker ({count / stages.cpu_seconds:.1f} a CPU second); "
+        f"before: {once:.1f} s once a job for panel and gates; {stages.replaced} images replaced"
     )
-
-
-def _instrumented(worker: job.Worker, clock: Clock) -> Callable[..., int]:
-    """`worker.make` with its stages on the clock. The steps are wrapped where the worker looks them up."""
-    stages: list[tuple[str, Any, str]] = [
-        ("sampler", worker.sampler, "generate"),
-        ("decode", worker.sampler, "_decode"),
-        ("score", worker.scorer, "score"),
-        ("encode", job, "encode_png"),
-        ("write", job, "write_shard"),
-    ]
-    stages += [(f"{PART}{type(scorer).__name__}", scorer, "score") for scorer in worker.scorer._scorers]
-    for stage, owner, name in stages:
-        setattr(owner, name, clock.timed(stage, getattr(owner, name)))
-    return clock.timed("all", worker.make)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from builder.arithmetic import convolutions
 from builder.errors import BuilderError
 from builder.quality.ssim import bring_to
 
@@ -65,11 +66,7 @@ class Extractor:
         if not len(images):
             return torch.zeros(0, self.dimension, device=self.device)
         together = TOGETHER.get(torch.device(self.device).type, TOGETHER["cuda"])
-        # TF32 would cost three digits on a GPU, and autotuning would choose kernels by chance.
-        exact = torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-        )
-        with torch.inference_mode(), exact:
+        with torch.inference_mode(), convolutions(tf32=False):  # TF32 would cost three digits
             return torch.cat([self._pass(part, together) for part in images.split(together)])
 
     def of(self, images: Sequence[np.ndarray], batch: int = 16) -> np.ndarray:
