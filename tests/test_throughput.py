@@ -315,9 +315,9 @@ class TestOverlap:
             assert drawn.wait(60)
             return score(*args)
 
-        def later(*args: Any) -> None:
+        def later(*args: Any, **keywords: Any) -> bool:
             assert begun.wait(60)
-            write(*args)
+            return write(*args, **keywords)
 
         monkeypatch.setattr(worker.scorer, "score", late)
         monkeypatch.setattr(worker_module, "write_shard", later)
