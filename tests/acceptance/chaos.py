@@ -31,9 +31,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.job.presence import died_here, signs
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
+
+EARLY = 0.15  # share of jobs that are killed from the start on, while they load, too
 
 TINY = """
 name: tiny
@@ -199,17 +202,20 @@ class Chaos:
         """Let a job work, kill some of its workers, then all of it; or see it come to its end."""
         workers_to_kill = self.chance.randint(0, 2)
         seen, since = self.dataset.shard_numbers(), time.monotonic()
-        moment = self._next_moment(jobs)
+        early = self.chance.random() < EARLY
+        moment = self._next_moment() if early else None
         while any(job.poll() is None for job in jobs):
             if (now := self.dataset.shard_numbers()) != seen:
                 seen, since = now, time.monotonic()
             assert time.monotonic() - since < self.patience, f"{engine} hangs; {self._log()}"
-            if time.monotonic() > moment and sum(self.killed.values()) < kills:
+            if moment is None and self._at_work():
+                moment = self._next_moment()
+            if moment is not None and time.monotonic() > moment and sum(self.killed.values()) < kills:
                 if workers_to_kill and (worker := self._worker(engine, jobs)):
                     workers_to_kill -= 1
                     os.kill(worker, signal.SIGKILL)
                     self._note(f"a worker of {engine}")
-                    moment = self._next_moment(jobs)
+                    moment = None
                 elif not workers_to_kill:
                     for job in jobs:
                         _kill_group(job)
@@ -224,9 +230,14 @@ class Chaos:
             print(f"{engine} came to its end: {len(self.dataset.shard_numbers())} shards, complete")
             self.shards += self.setting.shards
 
-    def _next_moment(self, jobs: list[subprocess.Popen[bytes]]) -> float:
-        """Some time after now: half of them soon, so that they meet a worker in its first unit or in a commit."""
-        return time.monotonic() + self.chance.choice([self.chance.uniform(0, 2), self.chance.uniform(2, 20)])
+    def _at_work(self) -> bool:
+        """Whether a worker has loaded, or a rank begun."""
+        found = signs(self.dataset).values()
+        return any(not sign.left and not died_here(sign.process) for sign in found)
+
+    def _next_moment(self) -> float:
+        """Some time from now: half of them soon, so that they meet a worker in its first unit or in a commit."""
+        return time.monotonic() + self.chance.choice([self.chance.uniform(0, 1), self.chance.uniform(1, 10)])
 
     def _worker(self, engine: str, jobs: list[subprocess.Popen[bytes]]) -> int | None:
         """A process to kill of those that make units; of ranks one must be left, or it is no single worker."""
