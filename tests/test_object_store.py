@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -248,9 +249,19 @@ def test_what_a_store_refuses_is_one_message_and_exit_2(s3: Flaky, builder, monk
     few = {**stores.S3_OPTIONS, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}}}
     monkeypatch.setitem(stores.OPTIONS, "s3", few)
     refused(f"{ROOT}/x", "check the address and the network")
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    refused(f"{ROOT}/x", "s3fs is not installed", "pip install 'builder[s3]'")
     refused("nonsense://x", "cannot open 'nonsense://x'")
+    assert not builder("list", "--out", "memory://nothing").code
+
+
+def test_without_the_package_its_extra_is_named() -> None:
+    script = "import sys; sys.modules['s3fs'] = None; sys.argv = ['builder', 'list', '--out', 's3://b/x']; "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "from builder.cli import main; main()"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "s3fs is not installed" in done.stderr
+    assert "pip install 'builder[s3]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_read_only_bucket_says_so(s3: Flaky, monkeypatch) -> None:
@@ -259,7 +270,7 @@ def test_a_read_only_bucket_says_so(s3: Flaky, monkeypatch) -> None:
     def denied(*_: object, **__: object) -> None:
         raise PermissionError("Access Denied")
 
-    monkeypatch.setattr(type(storage.fs), "pipe_file", denied)
+    monkeypatch.setattr(storage.fs, "pipe_file", denied)
     for write in (storage.write, storage.create):
         with pytest.raises(BuilderError, match=r"cannot write to .*Access Denied(.|\n)*allowed to list, read, write"):
             write("a", b"1")

@@ -77,7 +77,8 @@ def explained(root: str, *, writing: bool = False) -> Iterator[None]:
         raise
     except Exception as error:
         what = f"cannot {'write to' if writing else 'read from'} {root}: {_short(error)}"
-        if isinstance(error, PermissionError) or "credential" in f"{type(error).__name__} {error}".lower():
+        said = f"{type(error).__name__} {error}".lower()
+        if isinstance(error, PermissionError) or "credential" in said or "forbidden" in said:  # the last: gcsfs
             remedy = CREDENTIALS.get(scheme, "check your credentials")
             raise BuilderError(what, f"{remedy}; you must be allowed to list, read, write and delete there") from error
         raise BuilderError(
