@@ -85,7 +85,7 @@ def test_rounds_end_with_what_is_wanted_or_with_a_phase_that_lacks_it(
         last, end = end, further
 
 
-def test_nothing_that_passes_ends_after_the_first_units_and_doubt_after_a_few_times_more() -> None:
+def test_nothing_that_passes_ends_after_the_first_units_and_doubt_goes_on_slowly() -> None:
     plan = Plan.of("IPR")
     rounds = Rounds(plan, 5000, [unit.stop for unit in all_units([], 25_000, 200)])
     end = rounds.first()
@@ -353,7 +353,7 @@ def test_the_factor_bounds_the_images_and_a_larger_one_goes_on(tmp_path: Path, e
 def test_a_threshold_that_nothing_passes_stops_after_few_units(tmp_path: Path, engine: MadeUp) -> None:
     spec = spec_of(tmp_path)
     result = accept(spec, 1000, Criteria((Range("ssim", low=2, reason="ssim < 2"),)))
-    assert result.raw.images <= 4 * GROWTH * PER_SHARD
+    assert result.raw.images <= 16 * PER_SHARD  # 0 of 32 of a phase: at most 19 %, and 20 % are needed
     assert {reason.split(" pass")[0] for reason in result.hopeless} == {
         f"phase {code}: 0 of {result.raw.images // 3} (0.0%)" for code in "IPR"
     }

@@ -8,7 +8,7 @@ on, makes the same shards, and stops at the same place.
 The first round is small, so that a threshold which nothing passes costs few units. Each later one goes only as far as
 must be gone if the rates are the highest that what was seen allows: so hardly a unit is made that is not needed, and
 as the rates are known better, a round comes nearer to the end. While it is in doubt whether a phase can get there at
-all, a round goes at most four times as far as the last, so that this shows early. Two to five rounds are usual.
+all, a round goes at most twice as far as the last, so that this shows early. Two to five rounds are usual.
 
 Phases are never made alone: the plan has one order, and a unit is a range of it. What this costs is the surplus of the
 phases that pass more often than the slowest: all go as far as that one needs.
@@ -25,7 +25,7 @@ from builder.job.acceptance import Share, Shares
 from builder.job.plan import Plan
 
 FIRST_UNITS = 4  # units of the first round: enough images to tell 0 % from the 20 % that a factor of 5 needs
-GROWTH = 4  # of a round over the last, while its phases may or may not get there
+GROWTH = 2  # of a round over the last, while its phases may or may not get there
 CONFIDENCE = 0.998  # of a rate's interval: looked at in every round and phase, some 20 times in a run
 
 
