@@ -191,8 +191,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, is_spoilt) -> list[tuple[int, bool]]:
     generate = Sampler.generate
     calls: list[tuple[int, bool]] = []
 
-    def spoilt(self: Sampler, requests, precise: bool = False):
-        batch = generate(self, requests, precise)
+    def spoilt(self: Sampler, requests, precise: bool = False, micro_batch: int | None = None):
+        batch = generate(self, requests, precise, micro_batch)
         calls.extend((request.seed, precise) for request in requests)
         for i, request in enumerate(requests):
             if is_spoilt(request.seed, precise):
