@@ -162,8 +162,9 @@ def test_ratios_and_their_spread() -> None:
 
 
 def test_bench_generate_measures_the_job_and_says_what_it_missed(
-    made: JobSpec, builder: Callable[..., Result], tmp_path: Path
+    made: JobSpec, builder: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("builder.bench.generate.cores", lambda: 1)  # threads that others preempt wait for each other
     result = builder(
         "bench", "generate", "--config", "demo", *TINY, "--checkpoint", made.checkpoint, "--real", "clinic",
         "--reference", made.name, "--out", made.out, "--units", 1, "--images-per-unit", 8, "--repeats", 1,
