@@ -79,7 +79,10 @@ class Criteria:
         return tuple(dict.fromkeys(asked))
 
     def to_json(self) -> dict[str, Any]:
-        return dict(json.loads(json.dumps(asdict(self))))
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if not self.first:  # younger than some filtered datasets, which must stay equal to themselves
+            del plain["first"]
+        return plain
 
 
 class Judgement:
