@@ -17,14 +17,13 @@ import torch
 
 from builder.bench import findings, trial
 from builder.bench.batch import Trial, proposed, try_sizes
-from builder.bench.estimate import Forecast, accepted_shares, bytes_per_image, images_for, probe
+from builder.bench.estimate import Forecast, bytes_per_image, newest_filtered, probe
 from builder.bench.flops import Cost, cost_of, matrix_peak
 from builder.bench.generate import JobTime, Round, spread
 from builder.bench.plain import Loop, PlainLoop
 from builder.bench.stages import IDLE, STAGES, Clock, measure_unit
 from builder.config import Config, SampleConfig
-from builder.errors import BuilderError
-from builder.job.plan import Plan, Unit
+from builder.job.plan import Unit
 from builder.job.spec import JobSpec
 from builder.job.worker import Worker
 from builder.models import architectures
@@ -225,12 +224,6 @@ class TestEstimate:
         assert forecast.hours == pytest.approx(1e6 / 40 / 3600) and forecast.device_hours == pytest.approx(1e6 / 18000)
         assert forecast.gigabytes == pytest.approx(550)
 
-    def test_the_scarcest_phase_decides_how_many_images_it_takes(self) -> None:
-        plan = Plan.of("IPR", {"I": 1, "P": 2, "R": 1})
-        assert images_for(plan, 4000, {"I": 0.5, "P": 1.0, "R": 0.25}) == (16000, "R")
-        with pytest.raises(BuilderError, match="no image of phase P passed"):
-            images_for(plan, 4000, {"I": 0.5, "P": 0.0, "R": 0.25})
-
     def test_a_probe_draws_whole_batches(self) -> None:
         drawn = probe(tiny_sampler(), REQUESTS)
         assert drawn.rate > 0 and drawn.payload > 100
@@ -241,18 +234,17 @@ class TestEstimate:
         dataset = Dataset(made.name, Storage(made.out))
         payload = bytes_per_image(dataset) - 4096
         assert payload == pytest.approx(np.mean(dataset.table()["size"].to_pylist()))
-        assert accepted_shares(dataset) == {}
+        assert newest_filtered(dataset) is None
         result = builder("filter", made.name, "--out", made.out, "--no-gates", "--where", '"index" < 1')
         assert result.code == 0, result.output
-        shares = accepted_shares(dataset)
-        assert shares == pytest.approx({"I": 1 / 3, "P": 1 / 3, "R": 1 / 2})
-        assert accepted_shares(Dataset(f"{made.name}-accepted", dataset.storage)) == shares
+        accepted = Dataset(f"{made.name}-accepted", dataset.storage)
+        assert newest_filtered(dataset) == newest_filtered(accepted) == accepted
         common = ("estimate", "--config", "demo", *TINY, "--checkpoint", made.checkpoint, "--out", made.out)
         result = builder(*common, "--count", 600, "--from", made.name, "--probe-images", 4, "--devices", 3)
         assert result.code == 0, result.output
-        assert "600 accepted ones take COUNT=1,800 (phase I decides)" in result.output
+        assert "accepted: I 33.3%, P 33.3%, R 50.0%; 600 accepted ones take COUNT=1,799; up to" in result.output
         assert re.search(r"scored in \d+ ms an image: \d+\.\d\d images/s a worker", result.output)
-        assert re.search(r"1,800 images of 16 px on 3 devices at .* device-hours", result.output)
+        assert re.search(r"1,799 images of 16 px on 3 devices at .* device-hours", result.output)
         (Path(made.out) / "manifests" / f"{made.name}-accepted" / "dataset.json").unlink()
 
     def test_of_a_published_model_from_its_flops(self, builder: Callable[..., Result]) -> None:

@@ -11,6 +11,7 @@ from builder.errors import BuilderError
 
 if TYPE_CHECKING:
     from builder.config import Config
+    from builder.job.acceptance import Share
     from builder.job.plan import Plan
     from builder.shards.dataset import Dataset
 
@@ -40,7 +41,7 @@ def estimate(
     probe_batch: bool, flops: bool, architecture: str | None, peak_tflops: float | None, utilisation: float, out: str,
 ) -> None:  # fmt: skip
     """How long a run of `builder shards` takes, how large it gets, and what COUNT a filter asks for."""
-    from builder.bench.estimate import SAMPLE_OVERHEAD, Forecast, accepted_shares, bytes_per_image, images_for
+    from builder.bench.estimate import SAMPLE_OVERHEAD, Forecast, bytes_per_image
     from builder.config import load_config
     from builder.job.devices import default_workers
     from builder.job.plan import Plan
@@ -58,17 +59,8 @@ def estimate(
         rate, payload = _from_probe(config, plan, checkpoint, before, probe_images, probe_batch)
     if size is None:
         size = SAMPLE_OVERHEAD + (payload or PNG_BYTES_PER_PIXEL * config.sample.size**2)
-    shares = dict.fromkeys(plan.codes, accepted_share) if accepted_share else {}
-    if not shares and before is not None:
-        shares = accepted_shares(before)
-        if shares and not set(plan.codes) <= set(shares):
-            raise BuilderError(f"'{before.name}' has no image of phase {', '.join(set(plan.codes) - set(shares))}",
-                               "give --accepted-share")  # fmt: skip
-    images = count
-    if shares:
-        images, scarce = images_for(plan, count, shares)
-        passing = ", ".join(f"{code} {shares[code]:.1%}" for code in plan.codes)
-        click.echo(f"accepted: {passing}; {count:,} accepted ones take COUNT={images:,} (phase {scarce} decides)")
+    shares = _shares(plan, accepted_share, before)
+    images = _images(plan, count, shares) if shares else count
     forecast = Forecast(images, rate, devices or default_workers(), size)
     unit = "device" if forecast.devices == 1 else "devices"
     click.echo(
@@ -79,6 +71,41 @@ def estimate(
 
 
 PNG_BYTES_PER_PIXEL = 2.0  # of a photograph
+MANY = 10**9  # images that a share which was told, not counted, is a share of: it is taken as certain
+
+
+def _shares(plan: Plan, told: float | None, before: Dataset | None) -> dict[str, Share]:
+    """Of each phase, what passes: as told, or as the newest filter of a former dataset kept; else empty."""
+    from builder.bench.estimate import newest_filtered
+    from builder.job.acceptance import Share, accepted_shares
+
+    if told:
+        return {code: Share(round(told * MANY), MANY) for code in plan.codes}
+    filtered = newest_filtered(before) if before is not None else None
+    if filtered is None:
+        return {}
+    shares = accepted_shares(filtered)
+    if missing := [code for code in plan.codes if code not in shares]:
+        raise BuilderError(f"'{filtered.name}' has no image of phase {', '.join(missing)}", "give --accepted-share")
+    return shares
+
+
+def _images(plan: Plan, count: int, shares: dict[str, Share]) -> int:
+    """How far the plan goes for `count` accepted images; says so, and how far it may be at the rates' lower bounds."""
+    from builder.job.acceptance import images_needed
+
+    images = images_needed(plan, count, shares)
+    if images is None:
+        none = ", ".join(code for code in plan.codes if not shares[code].passed)
+        raise BuilderError(
+            f"no image of phase {none} passed: no COUNT gives accepted ones",
+            "look at its rejects, loosen the filter, or train on",
+        )
+    worst = images_needed(plan, count, shares, lambda share: share.interval()[0])
+    passing = ", ".join(f"{code} {shares[code].rate:.1%}" for code in plan.codes)
+    doubt = f"; up to {worst:,} within the rates' 95 % intervals" if worst and worst > 1.01 * images else ""
+    click.echo(f"accepted: {passing}; {count:,} accepted ones take COUNT={images:,}{doubt}")
+    return images
 
 
 def _from_flops(
