@@ -203,11 +203,16 @@ def cluster() -> Iterator[Any]:
         ray = pytest.importorskip("ray")
         from ray.cluster_utils import Cluster
 
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         found.add_node(num_cpus=1)
+        for number, handler in before.items():  # Ray puts its own there, which other tests would meet
+            signal.signal(number, handler)
         yield found
         ray.shutdown()
         found.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _until_a_third(spec: JobSpec, device: str) -> Maker:

@@ -55,10 +55,10 @@ class Maker:
         on_batch(1)
         self.before(unit)
         pixels = textured(unit.number, 8)
-        row = image_row(f"x-I-{unit.number:08d}", "I", 0, "synthetic", pixels)
+        row = image_row(f"{self.spec.name}-I-{unit.number:08d}", "I", 0, "synthetic", pixels)
         metadata = {"start": str(unit.start), "stop": str(unit.stop)}
         sample = Sample(row, encode_png(pixels))
-        write_shard(Storage(self.spec.out), "x", unit.number, [sample], metadata, shared=True)
+        write_shard(Storage(self.spec.out), self.spec.name, unit.number, [sample], metadata, shared=True)
         return 0
 
 
