@@ -57,6 +57,7 @@ def verify(
     """Check every shard against its manifest; exit 1 and a list when anything is off."""
     from builder.shards.compact import in_step
     from builder.shards.dataset import find_dataset
+    from builder.shards.repair import is_unfinished
     from builder.shards.verify import stray_tars
 
     found = find_dataset(dataset, out, partial=partial or repair)
@@ -65,7 +66,7 @@ def verify(
         click.echo(f"note: {path} has no manifest: a killed run's leftover, replaced when the run continues")
     if in_step(found) is False:
         click.echo(f"note: the index is not used for all shards: `builder compact {found.name}` brings it in step")
-    if report.findings and repair:
+    if repair and (report.findings or is_unfinished(found)):
         _repair(found, report, checkpoint, real)
         report = _check(found, fast)
     if report.findings:

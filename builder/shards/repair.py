@@ -30,6 +30,12 @@ def is_of_a_job(dataset: Dataset) -> bool:
     return "fingerprint_keys" in info and not info.get("parent")
 
 
+def is_unfinished(dataset: Dataset) -> bool:
+    """Whether a job's dataset that was complete once lacks shards since: a repair was interrupted, or an extension."""
+    info = dataset.info
+    return is_of_a_job(dataset) and info.get("state") == "partial" and "count" in info
+
+
 def how_to_remake(dataset: Dataset) -> str:
     """What to do about damage in a dataset whose shards can't be made again one by one."""
     info, name = dataset.info, dataset.name
