@@ -144,3 +144,14 @@ def test_metrics_draws_the_same_images_whether_it_streams_or_not(clinic: Dataset
         for code in "IPR":
             expected = shuffled([row for row in rows if row["phase"] == code], 7)[:most]
             assert [row for row in drawn if row["phase"] == code] == expected
+
+
+def test_a_shard_of_which_nothing_is_drawn(clinic: Dataset) -> None:
+    """Many small shards: from most of them no image comes early enough."""
+    table = clinic.table(NEEDED)
+    for number in range(table.num_rows):
+        write_manifest(clinic.storage, manifest_path("many", number), table.slice(number, 1))
+    many = Dataset("many", clinic.storage)
+    rows = table.to_pylist()
+    expected = [shuffled([row for row in rows if row["phase"] == code], 7)[0] for code in "IPR"]
+    assert sorted(draw(many, 1, 7)[1], key=lambda row: row["phase"]) == expected

@@ -215,7 +215,7 @@ def draw(dataset: Dataset, most: int, seed: int) -> tuple[int | None, Rows]:
         places = [_place(key, seed) for key in table["key"].to_pylist()]
         phases = table["phase"].to_pylist()
         early = [i for i, phase in enumerate(phases) if phase not in limits or places[i] < limits[phase]]
-        for row in table.take(early).to_pylist():
+        for row in table.take(pa.array(early, pa.int64())).to_pylist():
             drawn.setdefault(row["phase"], []).append(row)
         for phase, rows in drawn.items():
             if len(rows) >= 2 * most:
