@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from builder.ablation.study import Figures, Row, Study
+from builder.ablation.study import Figures, Row, Study, means_of
 
 AXES: dict[str, Callable[[Row], str]] = {
     "prompts": lambda row: row.style,
@@ -37,7 +37,7 @@ def table_of(study: Study) -> list[list[str]]:
         values = dict.fromkeys(map(value_of, study.rows))
         for value in values if len(values) > 1 else ():
             own = [row.figures for row in study.rows if value_of(row) == value]
-            lines.append([f"mean, {axis} {value}", "", "", "", *_numbers(_means(own, names), names)])
+            lines.append([f"mean, {axis} {value}", "", "", "", *_numbers(means_of(own, names), names)])
     return lines
 
 
@@ -116,15 +116,6 @@ def sheet(study: Study, out: Path, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
-
-
-def _means(rows: Iterable[Figures], names: list[str]) -> Figures:
-    found: Figures = {}
-    rows = list(rows)
-    for name in names:
-        known = [value for row in rows if (value := row.get(name)) is not None]
-        found[name] = float(np.mean(known)) if known else None
-    return found
 
 
 def _numbers(figures: Figures, names: list[str]) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from builder.quality.panel import patient_of
 from builder.quality.sets.comparison import Side
 from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
+from builder.shards.storage import Storage
 from builder.training.data import original_size, size_quantiles, training_rows
 from builder.training.evaluate import Evaluation
 from builder.training.preview import write_samples
@@ -95,6 +95,7 @@ class Ablation:
         self.config, self.dataset, self.out, self.pictures = config, dataset, out, pictures
         self.device, self.download = device, download
         self.base = locate(config.model.base, download)
+        self.base_sha256 = weights_sha256(self.base)  # once: of SDXL it reads 7 GB
         torch.set_num_threads(config.train.threads)
         self.extractor = load_extractor(config.score.features, device=device)
         self.evaluation = Evaluation(dataset, config, self.extractor)
@@ -115,7 +116,7 @@ class Ablation:
             self.config.seed,
             dict(self.evaluation.counts),
             real,
-            {name: _mean([figures[name] for figures in of_base]) for name in real},
+            means_of(of_base, list(real)),
             probes.pictures_look,
             found,
         )
@@ -151,7 +152,8 @@ class Ablation:
 
     def _rows(self, run: Run, probes: Probes, say: Callable[[str], None]) -> list[Row]:
         """A run at every guidance; it is trained where a figure is missing."""
-        kept = {guidance: self._read(run, guidance) for guidance in self.config.ablation.guidance}
+        made_with = self._identity(run)
+        kept = {guidance: self._read(run, guidance, made_with) for guidance in self.config.ablation.guidance}
         if None in kept.values():
             say(f"{run.name}: training ({self.runs.index(run) + 1} of {len(self.runs)})")
             last = train(run.config, self.dataset, self.out / run.name, device=self.device, download=self.download)
@@ -160,7 +162,9 @@ class Ablation:
             for guidance, figures in kept.items():
                 if figures is None:
                     say(f"{run.name}: images at guidance {guidance:g}")
-                    kept[guidance] = self._measure(run, checkpoint, pipeline, guidance, probes)
+                    measured = self._measure(run, checkpoint, pipeline, guidance, probes)
+                    self._keep(run, guidance, measured, made_with)
+                    kept[guidance] = measured
         return [
             Row(run.style, run.method, run.perceptual_weight, guidance, figures or {}, f"{_cell(run, guidance)}.png")
             for guidance, figures in kept.items()
@@ -170,19 +174,19 @@ class Ablation:
         sampler = self._sampler(pipeline, run.config.classes, checkpoint.original_sizes, guidance)
         figures = self._figures(self.evaluation.generate(sampler), probes)
         write_samples(sampler, run.config.classes, self.out / f"{_cell(run, guidance)}.png", SHOWN)
-        file = self.out / f"{_cell(run, guidance)}.json"
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({"made_with": self._identity(run), "figures": figures}, indent=1), encoding="utf-8")
-        os.replace(part, file)
         return figures
 
-    def _read(self, run: Run, guidance: float) -> Figures | None:
+    def _keep(self, run: Run, guidance: float, figures: Figures, made_with: str) -> None:
+        data = json.dumps({"made_with": made_with, "figures": figures}, indent=1).encode()
+        Storage(self.out).write(f"{_cell(run, guidance)}.json", data)
+
+    def _read(self, run: Run, guidance: float, made_with: str) -> Figures | None:
         """The figures that are kept of a cell, where they were made with the same settings."""
         file = self.out / f"{_cell(run, guidance)}.json"
         if not file.is_file():
             return None
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return dict(kept["figures"]) if kept["made_with"] == self._identity(run) else None
+        return dict(kept["figures"]) if kept["made_with"] == made_with else None
 
     def _identity(self, run: Run) -> str:
         """Told by all that decides a run's figures, but for the guidance, which stands in the file's name."""
@@ -191,7 +195,7 @@ class Ablation:
         info = self.dataset.info
         data = [self.dataset.name, info.get("fingerprint"), info.get("count"), info.get("created")]
         shown = self.pictures.info.get("fingerprint") if self.pictures else list(self.config.ablation.prompts.values())
-        grid = [shown, weights_sha256(self.base), self.extractor.id]
+        grid = [shown, self.base_sha256, self.extractor.id]
         return fingerprint({"config": plain, "data": data, "grid": grid})
 
     def _figures(self, sides: dict[str, Side], probes: Probes) -> Figures:
@@ -209,6 +213,7 @@ def _cell(run: Run, guidance: float) -> str:
     return f"cells/{run.name}-g{guidance:g}"
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def means_of(rows: Sequence[Figures], names: Sequence[str]) -> Figures:
+    """The mean of each figure over the rows that have it; None where none has."""
+    known = {name: [value for row in rows if (value := row.get(name)) is not None] for name in names}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}
