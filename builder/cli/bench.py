@@ -165,13 +165,12 @@ def job_to_measure(
 ) -> tuple[JobSpec, Reference]:
     """The job that a config means, and the reference of its scores: that of dataset `reference`, or a new one."""
     from builder.cli.shards import real_dataset
-    from builder.job.devices import device_kind, prepare
+    from builder.job.devices import prepare
     from builder.job.plan import Plan
     from builder.job.spec import JobSpec
     from builder.models.checkpoint import resolve
     from builder.quality.build import build_reference
     from builder.quality.reference import load_reference
-    from builder.sampling.device import dtype_name, resolve_dtype
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
 
@@ -189,17 +188,8 @@ def job_to_measure(
         made = build_reference(
             against, config.score, config.classes.codes, image_size=config.sample.size, device=device
         )
-    spec = JobSpec(
-        config=config,
-        plan=Plan.of(config.classes.codes),
-        name="bench",
-        out=out,
-        checkpoint=str(found.path),
-        checkpoint_sha256=found.sha256,
-        dtype=dtype_name(resolve_dtype(config.sample.dtype, device_kind())),
-        real=real or config.real,
-        real_out=out,
-    )
+    plan = Plan.of(config.classes.codes)
+    spec = JobSpec.of(config, plan, found, name="bench", out=out, real=real or config.real)
     return spec, made
 
 

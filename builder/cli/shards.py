@@ -89,7 +89,7 @@ def shards(
     if workers is not None and workers < 1:
         raise BuilderError(f"--workers is {workers}", "at least one worker is needed")
 
-    from builder.job.devices import default_workers, device_kind
+    from builder.job.devices import default_workers
     from builder.job.engines import engine_name
     from builder.job.plan import Plan
     from builder.job.run import log_to_file, run_job
@@ -97,7 +97,6 @@ def shards(
     from builder.job.until_accepted import MAX_FACTOR, accepted_dataset, require_decidable, run_until_accepted
     from builder.models.checkpoint import resolve
     from builder.models.guards import before_job, leak_of_job
-    from builder.sampling.device import dtype_name, resolve_dtype
     from builder.sampling.schedulers import require_scheduler
     from builder.shards.compact import keep_in_step
     from builder.shards.dataset import Dataset
@@ -119,17 +118,7 @@ def shards(
         config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"
     )
     warn(before_job(config, found, against), silenced)
-    spec = JobSpec(
-        config=config,
-        plan=plan,
-        name=dataset.name,
-        out=out,
-        checkpoint=str(found.path),
-        checkpoint_sha256=found.sha256,
-        dtype=dtype_name(resolve_dtype(config.sample.dtype, device_kind())),
-        real=real or config.real,
-        real_out=out,
-    )
+    spec = JobSpec.of(config, plan, found, name=dataset.name, out=out, real=real or config.real)
     log = log_to_file(spec)
     how: dict[str, Any] = {
         "lineage": asdict(found.lineage), "licence": found.licence, "engine": engine,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.config import Config, fingerprint
 from builder.errors import BuilderError
 from builder.job.plan import Plan
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
+
+if TYPE_CHECKING:
+    from builder.models.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ class JobSpec:
     dtype: str
     real: str | None
     real_out: str
+
+    @classmethod
+    def of(cls, config: Config, plan: Plan, checkpoint: Checkpoint, *, name: str, out: str, real: str) -> JobSpec:
+        """A job on this machine, whose devices decide what 'auto' means. `real` is found under `out`, or a path."""
+        from builder.job.devices import device_kind
+        from builder.sampling.device import dtype_name, resolve_dtype
+
+        return cls(
+            config, plan, name, out, str(checkpoint.path), checkpoint.sha256,
+            dtype_name(resolve_dtype(config.sample.dtype, device_kind())), real, out,
+        )  # fmt: skip
 
     @property
     def dataset(self) -> Dataset:
