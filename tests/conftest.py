@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,25 @@ def save_tiny_checkpoint(path: Path) -> Path:
     )
     save_checkpoint(build(ARCHITECTURE, 16, 0), checkpoint)
     return path
+
+
+@pytest.fixture(scope="module")
+def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output root with the real dataset `clinic`, of small crops."""
+    root = tmp_path_factory.mktemp("real")
+    write_real(root, per_phase=12, size=24)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One torch thread, as in a worker: bits and speed depend on their number."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

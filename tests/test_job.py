@@ -31,7 +31,6 @@ from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
 from builder.shards.writer import write_manifest
-from tests.conftest import write_real
 
 CONFIG = Config(
     name="tiny",
@@ -39,13 +38,6 @@ CONFIG = Config(
     score=ScoreConfig(ssim_size=64, panel=2),
     shards=ShardsConfig(images_per_shard=8),
 )
-
-
-@pytest.fixture(scope="module")
-def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("real")
-    write_real(root, per_phase=12, size=24)
-    return root
 
 
 @pytest.fixture

@@ -55,12 +55,7 @@ reserves = st.integers(0, MAX_RESERVE)
 run_seeds = st.integers(-(2**70), 2**70)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stirred(pipeline):

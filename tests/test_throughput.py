@@ -8,7 +8,6 @@ import logging
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from builder.sampling.guidance import evaluations, guided_steps, noise_levels
 from builder.sampling.sampler import Sampler, load_sampler
 from builder.sampling.schedulers import SCHEDULERS, make_scheduler
 from builder.shards.verify import verify_dataset
-from tests.conftest import Result, write_real
+from tests.conftest import Result
 from tests.test_job import CONFIG, pixels, run, spec_of, tars
 from tests.test_sampling import CONFIG as SAMPLE
 from tests.test_sampling import REQUESTS, tiny_pipeline, tiny_sampler
@@ -37,19 +36,7 @@ from tests.test_sampling import REQUESTS, tiny_pipeline, tiny_sampler
 EVERYTHING = [0.0, 1000.0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def real_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("real")
-    write_real(root, per_phase=12, size=24)
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
