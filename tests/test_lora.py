@@ -27,7 +27,7 @@ from builder.models.lora import (
 )
 from builder.models.source import base_of, locate
 from builder.sampling.sampler import Sampler
-from tests.test_families import NAMES, tiny  # noqa: F401 - a fixture of both
+from tests.test_families import NAMES, tiny
 from tests.test_sampling import PROMPTS, REQUESTS, SIZE
 
 ALL = list(TARGETS)
