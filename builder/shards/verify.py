@@ -51,8 +51,9 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
 
     Checked: dataset.json and its lineage; each manifest against its tar (hash, members, place and pixels of every
     image, label file, JSON); labels against the class table; keys unique; the plan without a gap; the count.
-    fast: manifests are read, and of tars only their sizes.
+    fast: manifests are read, and of tars only their sizes. A dataset that a job works on meanwhile is taken as partial.
     """
+    info = dataset.info
     report = Report(general=_verify_info(dataset))
     numbers = dataset.shard_numbers()
     manifests = dataset.storage.read_many([manifest_path(dataset.name, number) for number in numbers])
@@ -79,8 +80,8 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
         on_shard()
     for key, (first, second) in keys.doubled(dataset):
         report.found(second, [f"{key}: stands in shard {first} and in shard {second}"])
-    info = dataset.info
-    complete, recorded = info.get("state") == "complete", info.get("count")
+    # Completed or extended in the meantime: the manifests that were read are of neither state.
+    complete, recorded = info.get("state") == "complete" and dataset.info == info, info.get("count")
     report.general += _gaps(ranges, complete) if not info.get("parent") else []
     if complete and recorded != report.images:
         report.general.append(f"dataset.json counts {recorded} images, the manifests {report.images}")
