@@ -25,6 +25,7 @@ from builder.cli.estimate import estimate
 from builder.cli.filter import filter_
 from builder.cli.inspect import compact, list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
+from builder.cli.mix import mix
 from builder.cli.pack import pack
 from builder.cli.score import score
 from builder.cli.shards import regenerate, shards
@@ -56,6 +57,7 @@ for command in (
     floors,
     filter_,
     tune_filter,
+    mix,
     verify,
     compact,
     list_,

@@ -111,7 +111,8 @@ class Batches(Dataset):
             return error  # raised by the loader: torch would bury the message of a worker in its traceback
 
     def _read(self, epoch: int, start: int, size: int) -> Batch:
-        pixels, labels, origin, keys, skipped = [], [], [], [], []
+        pixels, labels, origin, keys = [], [], [], []
+        skipped: list[str] = []
         for number, row in zip(*(part.tolist() for part in self.schedule.batch(epoch, start, size)), strict=True):
             source = self.sources[number]
             assert source is not None

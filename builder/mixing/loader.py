@@ -140,7 +140,9 @@ class MixedLoader:
     @property
     def filled(self) -> int:
         """Samples beyond the epoch that fill up its last step, over all ranks: fewer than world x batch_size."""
-        return max(0, len(self) * self._stride - (self._positions - self._offset)) if self._is_mix else 0
+        if not isinstance(self.schedule, Mix):
+            return 0
+        return max(0, len(self) * self._stride - (self._positions - self._offset))
 
     def __iter__(self) -> Iterator[Any]:
         if not self._restored:
@@ -260,15 +262,11 @@ class MixedLoader:
             "seed": self.seed, "ratio": self.ratio.to_json(), "classes": self.class_mode, "split": self.split,
             "length": self.length, "exhausted": self.exhausted, "sources": sources,
         }  # fmt: skip
-        if self._is_mix:
+        if isinstance(self.schedule, Mix):
             if self.exhausted == "stop" or (self.ratio.unit == "step" and not self.ratio.is_constant):
                 identity["samples a step"] = self._stride
             identity["drawn"] = self.schedule.epoch(0).drawn.tolist()
         return identity
-
-    @property
-    def _is_mix(self) -> bool:
-        return isinstance(self.schedule, Mix)
 
     @property
     def _positions(self) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from builder.errors import BuilderError
 from builder.mixing.guards import check_lineage, check_sizes, class_weights, resolve
 from builder.mixing.mix import Mix
@@ -166,7 +168,7 @@ def _refuse_what_is_never_drawn(mix: Mix, sources: Sequence[Source | None]) -> N
     plans = [mix.epoch(0)]
     while not mix.ratio.is_settled(plans[-1].number, plans[-1].step):
         plans.append(mix.epoch(plans[-1].number + 1))
-    totals = sum(plan.drawn for plan in plans)
+    totals = np.sum([plan.drawn for plan in plans], axis=0)
     for source, stream, drawn in zip(sources, mix.streams, totals, strict=True):
         if source and stream and not drawn:
             raise BuilderError(
