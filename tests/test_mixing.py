@@ -175,8 +175,8 @@ mixtures = {
     "ratio": st.one_of(
         st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.75]), st.integers(0, 95).map(lambda percent: percent / 100)
     ),
-    "world": st.integers(1, 4),
-    "batch": st.integers(1, 48),
+    "world": st.integers(1, 8),
+    "batch": st.one_of(st.integers(1, 48), st.integers(1, 256)),
 }
 
 
@@ -283,7 +283,7 @@ def test_ranks_share_an_epoch(pair: Path, ratio: float) -> None:
     assert all(abs(synthetic_count(batch) - 5 * ratio) < 1 for loader in ranks for batch in epoch_keys(loader))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 3, 4])
 def test_workers_change_nothing(pair: Path, workers: int) -> None:
     def jitter(image: torch.Tensor) -> torch.Tensor:
         return image + torch.randint(0, 20, (1,), dtype=torch.uint8)

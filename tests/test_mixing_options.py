@@ -332,6 +332,35 @@ def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> Non
         list(MixedLoader("real", batch_size=8, out=str(tmp_path), on_error="skip"))
 
 
+# -- counted steps ---------------------------------------------------------------------------------
+
+
+def test_who_counts_the_steps_gets_the_next_epoch_too(pair: Path) -> None:
+    """Some trainers take len(loader) batches and never see the end of the iteration."""
+    loader = MixedLoader("real", "synth", ratio=0.5, batch_size=8, out=str(pair), collate="dict")
+    for epoch in range(3):
+        iterator = iter(loader)
+        assert [next(iterator)["keys"] for _ in range(len(loader))] == epoch_keys(loader, epoch)
+    loader.set_epoch(2)  # asked for again
+    assert [batch["keys"] for batch in loader] == epoch_keys(loader, 2)
+
+
+def test_a_state_saved_after_the_last_batch_goes_on_with_the_next_epoch(pair: Path) -> None:
+    arguments = {"ratio": 0.5, "batch_size": 8, "out": str(pair), "collate": "dict"}
+    loader = MixedLoader("real", "synth", **arguments)
+    iterator = iter(loader)
+    for _ in range(len(loader)):
+        next(iterator)
+    state = loader.state_dict()
+    for asks in (False, True):
+        restored = MixedLoader("real", "synth", **arguments)
+        restored.load_state_dict(state)
+        if asks:  # a loop that counts epochs itself, and finishes this one
+            restored.set_epoch(0)
+            assert list(restored) == []
+        assert [batch["keys"] for batch in restored] == epoch_keys(loader, 1)
+
+
 # -- processes --------------------------------------------------------------------------------
 
 

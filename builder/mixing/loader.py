@@ -57,8 +57,8 @@ class MixedLoader:
     allow_leak: the reason to use synthetic data that held-out patients may have leaked into.
     partial: take datasets that are not complete.
 
-    An iteration to the end moves on to the next epoch; `set_epoch` sets it. It shares out the samples to the ranks
-    itself: accelerate's `prepare` and Lightning take it as it is. BuilderError: what cannot be mixed.
+    After all batches of an epoch the next iteration is the next epoch; `set_epoch` sets it. It shares out the samples
+    to the ranks itself: accelerate's `prepare` and Lightning take it as it is. BuilderError: what cannot be mixed.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class MixedLoader:
         self.epoch = 0
         self._step = 0  # the next one
         self._offset = 0  # position where step 0 begins; not 0 only after a restore from another world or batch size
-        self._restored = False
+        self._restored = self._asked = False  # restored; and then asked by set_epoch for the epoch restored
         self._first_batches = FirstBatches()
         self._requests = Requests()
         self._loader = DataLoader(
@@ -145,9 +145,12 @@ class MixedLoader:
         return max(0, len(self) * self._stride - (self._positions - self._offset))
 
     def __iter__(self) -> Iterator[Any]:
-        if not self._restored:
-            self._step = self._offset = 0
-        self._restored = False
+        # Those who count the steps take all batches, but don't await the end. And a state saved after the last batch
+        # goes on with the next epoch, unless this one was asked for: then nothing of it is left.
+        ended = 0 < len(self) <= self._step and not self._asked
+        if ended or not self._restored:
+            self._go_to(self.epoch + ended)
+        self._restored = self._asked = False
         first = self._step
         self._requests.waiting = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
         for step, batch in enumerate(self._loader, first):
@@ -162,8 +165,12 @@ class MixedLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch` (0 or more); nothing changes when a restored state stands in it already."""
-        if epoch != self.epoch:
-            self.epoch, self._step, self._offset, self._restored = epoch, 0, 0, False
+        self._asked = epoch == self.epoch and self._restored
+        if not self._asked:
+            self._go_to(epoch)
+
+    def _go_to(self, epoch: int) -> None:
+        self.epoch, self._step, self._offset, self._restored = epoch, 0, 0, False
 
     def keys(self, step: int, epoch: int | None = None) -> list[str]:
         """The keys of this rank's batch at `step` of `epoch` (default: the current one), in order; reads no image."""
@@ -254,7 +261,7 @@ class MixedLoader:
                 )
         self.epoch = int(state["epoch"])
         self._step, self._offset = divmod(int(state["position"]), self._stride)
-        self._restored = True
+        self._restored, self._asked = True, False
 
     def _identity(self) -> dict[str, Any]:
         sources = [[source.name, len(source)] for source in self.sources if source]
