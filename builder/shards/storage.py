@@ -231,6 +231,18 @@ class Storage:
                     with suppress(FileNotFoundError):
                         self.fs.call_s3("abort_multipart_upload", **place)
 
+    def require_writable(self) -> None:
+        """BuilderError when nothing can be written under the root: to be asked before long work, not after it."""
+        probe = f"manifests/{TEMPORARY}{os.getpid()}"
+        try:
+            self.write(probe, b"?")
+            self.remove(probe)
+        except OSError as error:
+            raise BuilderError(
+                f"{self.root} cannot be written to: {error.strerror or error}",
+                "make room, mend the permissions, or choose another --out",
+            ) from None
+
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
         if not self.exists(relative):
