@@ -15,6 +15,7 @@ from PIL import Image
 
 from builder.crops.patients import PatientKey
 from builder.errors import BuilderError
+from builder.mixing import MixedLoader
 from builder.mixing.sources import Source
 from builder.phases import HEALING_PHASES
 from builder.shards.compact import compact
@@ -71,7 +72,8 @@ def theirs(tmp_path: Path) -> Path:
         "x/1.txt": b"P",
         "x/0.mask.png": b"another member of the sample, not its image",
         f"{'long' * 40}.webp": encoded(textured(2, 20), "WEBP", lossless=True),
-        f"{'long' * 40}.json": json.dumps({"label": 0, "split": "validation", "patient": "anna"}).encode(),
+        f"{'long' * 40}.json": json.dumps({"split": "validation", "patient": "anna"}).encode(),
+        f"{'long' * 40}.txt": b"0",
     }
     second = sample("b0", 3, split="train", patient_id=7) | sample("b1", 4, "I", split="test", group="g")
     return write(tmp_path / "theirs", {"a-0.tar": tar_bytes(first), "a-1.tar": tar_bytes(second)})
@@ -289,6 +291,24 @@ def test_filtered_as_a_view_and_repacked(tmp_path: Path, theirs: Path) -> None:
         packed = not str(rows["x/1"]["shard"]).startswith("/")
         assert packed is not view
         assert (target.payload(rows["x/1"])[:4] == b"\x89PNG") is packed
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+def test_mixed_with_synthetic_samples(tmp_path: Path) -> None:
+    """Indexed tars are a source of the loader like any other, real or synthetic."""
+    real = {f"r{i}": sample(f"r{i}", i, split="train", patient=str(i)) for i in range(6)}
+    made = {f"s{i}": sample(f"s{i}", 10 + i) for i in range(4)}
+    for name, samples in (("real", real), ("made", made)):
+        write(tmp_path / "in", {f"{name}.tar": tar_bytes({k: v for each in samples.values() for k, v in each.items()})})
+    index(tmp_path, tmp_path / "in/real.tar", name="real")
+    index(tmp_path, tmp_path / "in/made.tar", name="made", origin="synthetic")
+    with pytest.raises(BuilderError, match="lineage of 'made' is unknown"):
+        MixedLoader("real", "made", out=str(tmp_path), batch_size=4)
+    loader = MixedLoader("real", "made", ratio=0.5, out=str(tmp_path), batch_size=4, allow_leak="theirs")
+    images, labels, origin = next(iter(loader))[:3]
+    assert images.shape == (4, 3, 16, 16)
+    assert origin.tolist().count(1) == 2
+    assert labels.tolist() == [1] * 4
 
 
 def test_removing_never_touches_their_tars(tmp_path: Path, theirs: Path) -> None:

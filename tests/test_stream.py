@@ -1,6 +1,7 @@
 """Stream reading: the ratio in every batch, every sample once a pass, and how it goes on after a stop."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -19,7 +21,7 @@ from builder.errors import BuilderError
 from builder.mixing.quota import Quota
 from builder.mixing.reader import Layout, Reader, buffered_shuffle
 from builder.mixing.sources import Source
-from builder.mixing.stream import Cursor, Request, StreamBatch, StreamBatches
+from builder.mixing.stream import Cursor, Request, StreamBatch, StreamBatches, StreamSamples
 from builder.phases import HEALING_PHASES
 from builder.shards.dataset import Dataset
 from builder.shards.inplace import Description, index_tars
@@ -331,6 +333,16 @@ def test_options_that_streams_cannot_keep(root: Path) -> None:
     assert "in_order" in error.remedy
 
 
+def test_it_travels_to_a_worker_by_pickle(root: Path) -> None:
+    of = batches(root)
+    request = Request(0, 0, 8, 0, Cursor(of).positions[0])
+    first = of[request]
+    again = pickle.loads(pickle.dumps(of))[request]
+    assert isinstance(first, StreamBatch)
+    assert again.keys == first.keys
+    assert of[None] is None
+
+
 def test_sizes_and_the_same_dataset_twice(root: Path) -> None:
     twice = [None, source(root, "synth"), source(root, "synth")]
     of = StreamBatches(twice, Composed([0, 1, 1]), 5, stacked, seed=0)
@@ -340,6 +352,17 @@ def test_sizes_and_the_same_dataset_twice(root: Path) -> None:
     assert cursor.state_dict()["positions"] == [[None, [0, 12], [0, 12]]]
     streams = [Reader(layout, 0, 1, (0, number)) for number, layout in enumerate(of.layouts) if layout]
     assert a_pass(streams[0]) != a_pass(streams[1])
+
+
+def test_a_pipeline_of_ones_own(root: Path) -> None:
+    samples = StreamSamples(source(root, "real"), 4, seed=1, buffer=3)
+    pipeline = wds.DataPipeline(
+        samples, wds.map(lambda sample: (sample["__key__"], sample["image"].shape, sample["cls"]))
+    )
+    found = list(DataLoader(pipeline.with_epoch(13), batch_size=None, num_workers=2, collate_fn=lambda item: item))
+    assert len(found) == 26  # of 25: a pass of the two, and one more
+    assert len({key for key, _, _ in found}) == 25
+    assert all(shape == (4, 4, 3) and label == int(key[-4:]) % 3 for key, shape, label in found)
 
 
 # -- where the tars are, and what is wrong with them ------------------------------------------------------------------

@@ -6,12 +6,12 @@ past it (see mixing.reader).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from builder.errors import BuilderError
 from builder.mixing.reader import BUFFER, Layout, Position, Reader
@@ -221,3 +221,35 @@ class Cursor:
     def _identity(self) -> dict[str, Any]:
         batches = self._batches
         return {name: getattr(batches, name) for name in ("seed", "rank", "world", "workers", "buffer")}
+
+
+class StreamSamples(IterableDataset):
+    """The samples of one source without end, for a webdataset pipeline of one's own.
+
+    `wds.DataPipeline(StreamSamples(Source(dataset), 128), wds.map(...), wds.batched(32)).with_epoch(1000)`
+
+    Each is a dict, as webdataset's stages pass them on: __key__, __url__ (the tar), image (uint8 RGB [H, W, 3]) and cls
+    (label). The order is that of `StreamBatches`; a DataLoader's workers share each pass out, and so do `world` ranks.
+    BuilderError for an image that can't be read.
+    """
+
+    def __init__(
+        self, source: Source, size: int | None = None, *, seed: int = 0, rank: int = 0, world: int = 1,
+        buffer: int = BUFFER,
+    ) -> None:  # fmt: skip
+        self.layout, self.size, self.seed, self.buffer = Layout(source), size, seed, buffer
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info, source = get_worker_info(), self.layout.source
+        worker, lanes = (info.id, info.num_workers) if info else (0, 1)
+        reader = Reader(self.layout, self.rank * lanes + worker, self.world * lanes, (self.seed, 0), self.buffer)
+        for row, payload in reader:
+            if isinstance(payload, BuilderError):
+                raise payload
+            yield {
+                "__key__": source.keys[row].as_py(),
+                "__url__": source.shards[source.shard[row]],
+                "image": source.decoded(row, payload, self.size),
+                "cls": int(source.labels[row]),
+            }

@@ -174,7 +174,7 @@ def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> st
         elif ".json" in said:
             described = json.loads(said[".json"])
             value = described.get("phase", described.get("label"))
-        elif ".txt" in said:
+        if value is None and ".txt" in said:
             value = said[".txt"].decode().strip()
     except (ValueError, AttributeError) as error:
         raise BuilderError(
