@@ -195,7 +195,9 @@ def test_interrupted_it_goes_on_and_is_partial_until_then(tmp_path: Path, theirs
 def test_what_came_or_changed_since_is_read_and_the_rest_is_not(tmp_path: Path, theirs: Path) -> None:
     dataset, _ = index(tmp_path / "out", theirs)
     compact(dataset)
+    dataset.write_info({**dataset.info, "scores": {"against": "clinic"}})
     assert index(tmp_path / "out", theirs)[1].read == 0
+    assert dataset.info["scores"] == {"against": "clinic"}
     write(theirs, {"a-.tar": tar_bytes(sample("new", 9)), "a-1.tar": tar_bytes(sample("b0", 5))})
     again, summary = index(tmp_path / "out", theirs)
     assert (summary.read, summary.images) == (2, 5)

@@ -96,9 +96,8 @@ def index_tars(urls: Sequence[str], dataset: Dataset, description: Description, 
             f"the tars lie in {dataset.storage.shown(inside)}, where the dataset '{dataset.name}' would have its own",
             "choose another --name: `builder rm` would remove them",
         )
-    info = _info(urls, dataset, description)
     with exclusive(dataset):
-        info["created"] = _require_same(dataset, info)
+        info = _continued(dataset, _info(urls, dataset, description))
         waiting = _not_indexed(dataset, tars)
         summary = Summary(tars=len(tars), read=len(waiting))
         if waiting or not dataset.exists() or dataset.info["state"] != "complete":
@@ -173,16 +172,16 @@ def _info(urls: Sequence[str], dataset: Dataset, description: Description) -> di
     return {**info, "fingerprint": fingerprint(decides), "config": {"split": description.split}, "licence": licence}
 
 
-def _require_same(dataset: Dataset, info: Mapping[str, Any]) -> str:
-    """When the dataset was made, or now; BuilderError when the name is taken by anything but this."""
+def _continued(dataset: Dataset, info: dict[str, Any]) -> dict[str, Any]:
+    """The dataset.json to go on with; BuilderError when the name is taken by anything but this."""
     if not dataset.exists():
-        return str(info["created"])
+        return info
     before = dataset.info
     mine = "indexed_from" in before and not before.get("parent")
     if mine and before["fingerprint"] == info["fingerprint"]:
-        return str(before["created"])
+        return {**before, **info, "created": before["created"]}  # what else it has, of scores, stays
     if mine and not dataset.shard_numbers():  # a first try that failed before any tar was read to its end
-        return str(info["created"])
+        return info
     raise BuilderError(
         f"dataset '{dataset.name}' exists, and was made with other classes, origin or split, or not by index",
         f"choose another --name, or `builder rm {dataset.name}` first",
