@@ -23,6 +23,7 @@ from builder.cli.demo import demo
 from builder.cli.doctor import doctor
 from builder.cli.estimate import estimate
 from builder.cli.filter import filter_
+from builder.cli.index import index
 from builder.cli.inspect import compact, list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
 from builder.cli.mix import mix
@@ -60,6 +61,7 @@ for command in (
     mix,
     verify,
     compact,
+    index,
     list_,
     rm,
     sheet,
