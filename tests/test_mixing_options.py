@@ -428,3 +428,45 @@ def test_two_ranks_of_torchrun_share_an_epoch(pair: Path, tmp_path: Path) -> Non
 def _keys(loader: MixedLoader, epoch: int) -> list[str]:
     loader.set_epoch(epoch)
     return [key for batch in epoch_keys(loader, epoch) for key in batch]
+
+
+# -- streams --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_keep_the_ratio_and_go_on_where_they_were(pair: Path, workers: int) -> None:
+    arguments = {
+        "ratio": 0.25, "batch_size": 8, "out": str(pair), "collate": "dict", "reading": "stream", "buffer": 9,
+        "workers": workers,
+    }  # fmt: skip
+    loader = MixedLoader("real", ["synth", "other"], **arguments)
+    epochs = [[batch["keys"] for batch in loader] for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [7, 7, 7]
+    assert all(synthetic_count(keys) == 2 for epoch in epochs for keys in epoch)
+    real = Counter(key for epoch in epochs for keys in epoch for key in keys if key.startswith("real"))
+    assert set(real) == set(loader.sources[0].keys.to_pylist())  # type: ignore[union-attr]
+    assert max(real.values()) - min(real.values()) <= 1 + bool(workers)  # a worker may be a batch ahead in its pass
+    restored, first = MixedLoader("real", ["synth", "other"], **arguments), []
+    iterator = iter(restored)
+    for _ in range(3):
+        first.append(next(iterator)["keys"])
+    state = json.loads(json.dumps(restored.state_dict()))
+    again = MixedLoader("real", ["synth", "other"], **arguments)
+    again.load_state_dict(state)
+    rest = [batch["keys"] for _ in range(2) for batch in again]
+    assert [*first, *rest] == [*epochs[0], *epochs[1]]
+    other = MixedLoader("real", ["synth", "other"], **{**arguments, "workers": workers + 1})
+    with pytest.raises(BuilderError, match="the saved streams are of workers"):
+        other.load_state_dict(state)
+    with pytest.raises(BuilderError, match="this loader of indexed"):
+        MixedLoader("real", ["synth", "other"], **{**arguments, "reading": "indexed"}).load_state_dict(state)
+
+
+def test_what_streams_cannot_do_is_said(pair: Path) -> None:
+    arguments = {"out": str(pair), "batch_size": 4, "reading": "stream"}
+    with pytest.raises(BuilderError, match=r"exhausted='stop' needs passes that begin with the epoch"):
+        MixedLoader("real", "synth", exhausted="stop", **arguments)
+    with pytest.raises(BuilderError, match=r"classes='balance' cannot be kept while tars are streamed"):
+        MixedLoader("real", "synth", classes="balance", **arguments)
+    with pytest.raises(BuilderError, match=r"a stream's keys are known when they come"):
+        MixedLoader("real", "synth", **arguments).keys(0)

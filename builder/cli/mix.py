@@ -53,6 +53,8 @@ def ratio_table(text: str) -> float | dict[int, float]:
               help="An epoch: one pass over the real data, or so many samples.")  # fmt: skip
 @click.option("--exhausted", type=click.Choice(["cycle", "stop"]), default="cycle", show_default=True,
               help="When a source runs out: again in another order, or the epoch ends.")  # fmt: skip
+@click.option("--reading", type=click.Choice(["indexed", "stream"]), default="indexed", show_default=True,
+              help="Random access into the tars, or forwards through them.")  # fmt: skip
 @click.option("--world", type=click.IntRange(1), default=1, show_default=True, help="Ranks of the training.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--epochs", type=click.IntRange(1), default=1, show_default=True, help="How many are shown.")
@@ -66,6 +68,7 @@ def ratio_table(text: str) -> float | dict[int, float]:
 def mix(
     real: str | None, synthetic: tuple[str, ...], ratio: str | None, ratio_unit: str, counts: str | None,
     weights: str | None, batch_size: int, size: int | None, split: str, classes: str, length: str, exhausted: str,
+    reading: str,
     world: int, seed: int, epochs: int, allow_leak: str | None, partial: bool, bench: bool, workers: int, batches: int,
     as_json: bool, out: str,
 ) -> None:  # fmt: skip
@@ -87,7 +90,7 @@ def mix(
         weights=None if weights is None else numbers(weights, float, "--weights"),
         batch_size=batch_size, size=size, split=split, classes=classes,
         epoch="real" if length == "real" else int(length),
-        exhausted=exhausted, seed=seed, workers=workers if bench else 0, out=out, rank=0, world=world,
+        exhausted=exhausted, reading=reading, seed=seed, workers=workers if bench else 0, out=out, rank=0, world=world,
         allow_leak=allow_leak, partial=partial,
     )  # fmt: skip
     opened = time.perf_counter() - begin

@@ -29,12 +29,12 @@ class Batch(NamedTuple):
 
 
 class Requests:
-    """The batches to come, (epoch, start, size); a new list each epoch, so an abandoned iterator keeps its own."""
+    """The batches to come, as the dataset takes them; a new list each epoch, so an abandoned iterator keeps its own."""
 
     def __init__(self) -> None:
-        self.waiting: list[tuple[int, int, int]] = []
+        self.waiting: Sequence[Any] = []
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.waiting)
 
     def __len__(self) -> int:

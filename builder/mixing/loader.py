@@ -19,6 +19,7 @@ from builder.mixing.first_batches import FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.mixture import Reference, Wish, mixture
 from builder.mixing.ratio import UNITS
+from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
 
 COLLATE = ("tuple", "dict", "numpy")
 
@@ -50,9 +51,15 @@ class MixedLoader:
         A table {"real": ..., "synthetic": ...} for one each.
     collate: "tuple"; "dict" (images, labels, origin, keys); "numpy": the tuple as arrays with images [B, H, W, 3],
         as TensorFlow takes them.
+    reading: "indexed": random access into the tars, a shuffle of the whole source. "stream": the tars are read
+        forwards, behind a shuffle buffer of `buffer` samples of each source in each worker: for object stores and huge
+        sets. The ratio in every batch is as exact, and each pass of a source has every sample once; but passes begin
+        at no epoch's start, a batch's classes are as they come, and order and state belong to rank, world and workers
+        (see mixing.stream). Validation and test are always read by index.
     on_error: "raise", when an image cannot be read; or "skip": the next sample of its source and class stands in (in
         evaluation it is left out), a warning names it, and `skipped` counts.
-    workers: processes that read ahead; batches are the same whatever their number. pin_memory: as in DataLoader.
+    workers: processes that read ahead; by index, batches are the same whatever their number. pin_memory: as in
+        DataLoader.
     rank, world: of this process; default: from torch.distributed, or the launcher's environment, else a single one.
     allow_leak: the reason to use synthetic data that held-out patients may have leaked into.
     partial: take datasets that are not complete.
@@ -84,6 +91,8 @@ class MixedLoader:
         transform: Transform | Mapping[str, Transform] | None = None,
         dtype: str = "uint8",
         collate: str = "tuple",
+        reading: str = "indexed",
+        buffer: int = BUFFER,
         on_error: str = "raise",
         rank: int | None = None,
         world: int | None = None,
@@ -96,8 +105,9 @@ class MixedLoader:
         _one_of(exhausted, ("cycle", "stop"), "exhausted")
         _one_of(dtype, ("uint8", "float32"), "dtype")
         _one_of(collate, COLLATE, "collate")
+        _one_of(reading, ("indexed", "stream"), "reading")
         _one_of(on_error, ("raise", "skip"), "on_error")
-        for name, value in (("epoch", epoch), ("size", size), ("max_repeats", max_repeats)):
+        for name, value in (("epoch", epoch), ("size", size), ("max_repeats", max_repeats), ("buffer", buffer)):
             if value is not None and value != "real":
                 _positive(value, name)
         self.rank, self.world = _place(rank, world)
@@ -118,8 +128,20 @@ class MixedLoader:
         self._restored = self._asked = False  # restored; and then asked by set_epoch for the epoch restored
         self._first_batches = FirstBatches()
         self._requests = Requests()
+        assembly, skip = Assembly(transform, dtype, seed), on_error == "skip"
+        self._cursor: Cursor | None = None  # of streams: where the readers stand
+        if reading == "stream" and isinstance(self.schedule, Mix):
+            if exhausted == "stop":
+                raise BuilderError(
+                    "exhausted='stop' needs passes that begin with the epoch", 'pass reading="indexed", or "cycle"'
+                )
+            streamed = StreamBatches(
+                self.sources, self.schedule.sources, size, assembly, seed=seed, rank=self.rank, world=self.world,
+                workers=workers, buffer=buffer, skip=skip, classes=classes,
+            )  # fmt: skip
+            self._cursor = Cursor(streamed)
         self._loader = DataLoader(
-            Batches(self.sources, self.schedule, size, Assembly(transform, dtype, seed), skip=on_error == "skip"),
+            streamed if self._cursor else Batches(self.sources, self.schedule, size, assembly, skip=skip),
             batch_size=None,
             sampler=self._requests,
             collate_fn=unchanged,
@@ -152,13 +174,16 @@ class MixedLoader:
             self._go_to(self.epoch + ended)
         self._restored = self._asked = False
         first = self._step
-        self._requests.waiting = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
-        for step, batch in enumerate(self._loader, first):
+        wanted = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
+        self._requests.waiting = self._cursor.requests(first, wanted) if self._cursor else wanted
+        for step, batch in enumerate((batch for batch in self._loader if batch is not None), first):
             if isinstance(batch, BuilderError):
                 # Not `batch` itself: that would tie frame and loader into a cycle.
                 raise BuilderError(batch.what, batch.remedy)
             self._look_at(batch)
             self._step = step + 1
+            if self._cursor:
+                self._cursor.seen(step, batch)
             if len(batch.labels):  # in evaluation all of a batch may be left out
                 yield self._shaped(batch)
         self.set_epoch(self.epoch + 1)
@@ -174,11 +199,13 @@ class MixedLoader:
 
     def keys(self, step: int, epoch: int | None = None) -> list[str]:
         """The keys of this rank's batch at `step` of `epoch` (default: the current one), in order; reads no image."""
+        if self._cursor:
+            raise BuilderError("a stream's keys are known when they come", 'pass collate="dict", which gives them')
         picked = self.schedule.batch(self.epoch if epoch is None else epoch, self._start(step), self.batch_size)
         sources = self.sources
         return [sources[number].keys[int(row)].as_py() for number, row in zip(*picked, strict=True)]
 
-    def _look_at(self, batch: Batch) -> None:
+    def _look_at(self, batch: Batch | StreamBatch) -> None:
         for key in batch.skipped:
             if key not in self.skipped:
                 warnings.warn(f"the image {key} cannot be read, and is skipped: run `builder verify`", stacklevel=3)
@@ -186,7 +213,7 @@ class MixedLoader:
         if not self._first_batches.done:
             self._first_batches.see(batch.images, batch.origin)
 
-    def _shaped(self, batch: Batch) -> Any:
+    def _shaped(self, batch: Batch | StreamBatch) -> Any:
         if self.collate == "dict":
             return {"images": batch.images, "labels": batch.labels, "origin": batch.origin, "keys": batch.keys}
         if self.collate == "numpy":
@@ -200,7 +227,7 @@ class MixedLoader:
         """What an epoch (default: the current one) draws of each source, over all ranks.
 
         name, origin, samples, drawn, passes (drawn / samples), repeats (how often a sample comes at most), and by
-        class code: classes (drawn) and available (samples).
+        class code: classes (drawn; of streams on average) and available (samples).
         """
         epoch = self.epoch if epoch is None else epoch
         described = []
@@ -244,14 +271,18 @@ class MixedLoader:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands: epoch and position in it, the same on every rank; and what it belongs to."""
-        return {"epoch": self.epoch, "position": self._offset + self._step * self._stride, **self._identity()}
+        """Where the iteration stands: epoch and position in it, and what it belongs to; JSON.
+
+        The same on every rank; with streams also where this rank's readers stand.
+        """
+        state = {"epoch": self.epoch, "position": self._offset + self._step * self._stride, **self._identity()}
+        return {**state, "streams": self._cursor.state_dict()} if self._cursor else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` stood: the next iteration yields the rest of that epoch.
 
         Workers, world and batch size may differ (not the last two where the ratio changes by step, or with
-        exhausted="stop"). BuilderError when ratio, seed, sources or classes do.
+        exhausted="stop"; none with streams). BuilderError when ratio, seed, sources or classes do.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
@@ -261,6 +292,8 @@ class MixedLoader:
                 )
         self.epoch = int(state["epoch"])
         self._step, self._offset = divmod(int(state["position"]), self._stride)
+        if self._cursor:
+            self._cursor.load_state_dict(state["streams"])
         self._restored, self._asked = True, False
 
     def _identity(self) -> dict[str, Any]:
@@ -268,9 +301,10 @@ class MixedLoader:
         identity = {
             "seed": self.seed, "ratio": self.ratio.to_json(), "classes": self.class_mode, "split": self.split,
             "length": self.length, "exhausted": self.exhausted, "sources": sources,
+            "reading": "stream" if self._cursor else "indexed",
         }  # fmt: skip
         if isinstance(self.schedule, Mix):
-            if self.exhausted == "stop" or (self.ratio.unit == "step" and not self.ratio.is_constant):
+            if self._cursor or self.exhausted == "stop" or (self.ratio.unit == "step" and not self.ratio.is_constant):
                 identity["samples a step"] = self._stride
             identity["drawn"] = self.schedule.epoch(0).drawn.tolist()
         return identity
