@@ -23,6 +23,7 @@ class FirstBatches:
 
     def __init__(self) -> None:
         self._seen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._counts = [0, 0]
         self._brightest = [0.0, 0.0]
         self.done = False
 
@@ -32,15 +33,15 @@ class FirstBatches:
         BuilderError when the value ranges differ; a warning, once, when channels differ much in mean or contrast.
         """
         for number, seen in enumerate(self._seen):
-            chosen = images[origin == number].float()
+            chosen = images[origin == number] if self._counts[number] < ENOUGH else images[:0]
             if len(chosen):
-                flat = chosen.flatten(2)
+                flat = chosen.float().flatten(2)
                 seen.append(torch.stack([flat.mean(2), flat.std(2, correction=0)]))  # [2, n, 3]
                 self._brightest[number] = max(self._brightest[number], float(flat.abs().max()))
-        counts = [sum(part.shape[1] for part in seen) for seen in self._seen]
-        if min(counts) >= FEW:
+                self._counts[number] += len(chosen)
+        if min(self._counts) >= FEW:
             self._check_range()
-        if min(counts) >= ENOUGH:
+        if min(self._counts) >= ENOUGH:
             self._compare()
             self.done = True
 
