@@ -53,7 +53,7 @@ class StreamBatches(Dataset):
     assemble: makes the batch of uint8 arrays [H, W, 3], their origins (0 or 1, uint8 [B]), epoch and start.
     seed, rank, world, workers: make the order; worker w of rank r is the reader r x max(1, workers) + w of
         world x max(1, workers), so all ranks need as many workers. Nothing is taken from the environment.
-    buffer: samples waiting in a reader, of each source: encoded, some 20 MB for a thousand images of 128 px.
+    buffer: samples waiting in a reader, of each source: encoded, at most 50 MB for a thousand images of 128 px.
     skip: what can't be read is replaced by the next sample of its source, and named in `skipped`; else it is an error.
     classes: only "natural" is possible.
 
