@@ -366,6 +366,11 @@ def test_a_file_is_read_forwards_in_pieces(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(data)
     fsspec.filesystem("memory").pipe("/sequential/f", data)
     for storage in (Storage(tmp_path), Storage("memory://sequential")):
-        for start, stop in ((0, 1280), (100, 900), (1000, 5000), (7, 7)):
+        for start, stop in ((0, 1280), (100, 900), (1000, 1280), (7, 7)):
             with Sequential(storage, "f", start, stop, piece=100) as file:
                 assert b"".join(iter(lambda file=file: file.read(30), b"")) == data[start:stop]
+        for start, ends in ((1200, 20), (1180, 20), (1280, 20), (1290, 10)):
+            with Sequential(storage, "f", start, 1300, piece=100) as file:
+                assert b"".join(file.read(20) for _ in range(start, 1280, 20)) == data[start:]
+                with pytest.raises(EOFError, match=f"ends {ends} bytes too early"):
+                    file.read(1)

@@ -82,8 +82,8 @@ class Layout:
                 for payload in self._members(tar, place, stop):
                     yield place, payload
                     place += 1
-            except (tarfile.TarError, OSError, BuilderError) as error:
-                why = error.what if isinstance(error, BuilderError) else error
+            except (tarfile.TarError, EOFError, OSError, BuilderError) as error:
+                why = error.what if isinstance(error, BuilderError) else str(error).partition(" @ ")[0]  # webdataset's
                 yield place, self.source.unreadable(int(self.rows[place]), why)
                 place += 1
 

@@ -52,8 +52,8 @@ class StreamBatches(Dataset):
     size: side in px that images are loaded at; None: as they are.
     assemble: makes the batch of uint8 arrays [H, W, 3], their origins (0 or 1, uint8 [B]), epoch and start.
     seed, rank, world, workers: make the order; worker w of rank r is the reader r x max(1, workers) + w of
-        world x max(1, workers). Nothing is taken from the environment.
-    buffer: samples waiting in a reader, of each source: encoded, some 20 MB for a thousand images of 128 px.
+        world x max(1, workers), so all ranks need as many workers. Nothing is taken from the environment.
+    buffer: samples waiting in a reader, of each source: encoded, at most 50 MB for a thousand images of 128 px.
     skip: what can't be read is replaced by the next sample of its source, and named in `skipped`; else it is an error.
     classes: only "natural" is possible.
 
@@ -167,10 +167,10 @@ class StreamBatches(Dataset):
 
 
 class Cursor:
-    """Where the readers of a rank stand, for the process that iterates: after the batches that it has *seen*.
+    """Where the readers of a rank stand, for the process that iterates: after the batches that it handed on.
 
-    Workers read ahead; so each iteration tells them where to go on, which costs nothing where they stand there.
-    Step s of an epoch is always worker s % workers's.
+    Workers read ahead, so each iteration tells them where to go on, which costs nothing where they stand there already.
+    Step s of an epoch is always made by worker s % workers. Worker processes may be persistent.
     """
 
     def __init__(self, batches: StreamBatches) -> None:

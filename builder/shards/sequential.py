@@ -16,11 +16,11 @@ PIECE = 4 << 20  # bytes; at 100 MB/s some 40 ms, so that a request's latency ha
 
 
 class Sequential(io.RawIOBase):
-    """The bytes [start, stop) of a file; one that is shorter just ends there. To be closed after use."""
+    """The bytes [start, stop) of a file. EOFError where it ends before `stop`. To be closed after use."""
 
     def __init__(self, storage: Storage, path: str, start: int, stop: int, piece: int = PIECE) -> None:
         self._holder, self._path = storage.holder(path)
-        self._next, self._stop, self._piece = start, stop, piece
+        self._next, self._stop, self._piece, self._short = start, stop, piece, 0
         self._left = memoryview(b"")
         self._thread = None if self._holder.is_local else ThreadPoolExecutor(1)
         self._coming: Future[bytes] | None = None
@@ -38,13 +38,16 @@ class Sequential(io.RawIOBase):
 
     def _fetched(self) -> bytes:
         """The next piece; empty at the end."""
+        if self._short:
+            raise EOFError(f"the file ends {self._short:,} bytes too early")
         asked = min(self._piece, self._stop - self._next)
         if asked <= 0:
             return b""
         data = self._coming.result() if self._coming is not None else self._read(self._next, asked)
         self._next += len(data)
         if len(data) < asked:
-            self._stop = self._next  # a request beyond the end would be an error
+            self._short = self._stop - self._next
+            return data or self._fetched()
         ahead = min(self._piece, self._stop - self._next)
         self._coming = self._thread.submit(self._read, self._next, ahead) if self._thread and ahead > 0 else None
         return data
