@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from builder.errors import BuilderError, did_you_mean
+from builder.errors import BuilderError
 from builder.mixing.batches import Assembly, Batch, Batches, Requests, Transform, unchanged
 from builder.mixing.first_batches import FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.mixture import Reference, Wish, mixture
+from builder.mixing.options import group_place, one_of, place, whole
 from builder.mixing.ratio import UNITS
 from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
 
@@ -99,14 +99,14 @@ class MixedLoader:
         allow_leak: str | None = None,
         partial: bool = False,
     ) -> None:
-        _one_of(split, ("train", "val", "test"), "split")
-        _one_of(ratio_unit, UNITS, "ratio_unit")
-        _one_of(classes, ("natural", "match_real", "balance"), "classes")
-        _one_of(exhausted, ("cycle", "stop"), "exhausted")
-        _one_of(dtype, ("uint8", "float32"), "dtype")
-        _one_of(collate, COLLATE, "collate")
-        _one_of(reading, ("indexed", "stream"), "reading")
-        _one_of(on_error, ("raise", "skip"), "on_error")
+        one_of(split, ("train", "val", "test"), "split")
+        one_of(ratio_unit, UNITS, "ratio_unit")
+        one_of(classes, ("natural", "match_real", "balance"), "classes")
+        one_of(exhausted, ("cycle", "stop"), "exhausted")
+        one_of(dtype, ("uint8", "float32"), "dtype")
+        one_of(collate, COLLATE, "collate")
+        one_of(reading, ("indexed", "stream"), "reading")
+        one_of(on_error, ("raise", "skip"), "on_error")
         for name, value in (("epoch", epoch), ("size", size), ("max_repeats", max_repeats), ("buffer", buffer)):
             if value is not None and value != "real":
                 _positive(value, name)
@@ -320,26 +320,3 @@ class MixedLoader:
     def _start(self, step: int) -> int:
         return self._offset + step * self._stride + self.rank * self.batch_size
 
-
-def _place(rank: int | None, world: int | None) -> tuple[int, int]:
-    """Rank and world as given, of the process group, or as torchrun and accelerate say before there is a group."""
-    distributed = torch.distributed
-    if rank is None and world is None:
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    rank, world = rank or 0, 1 if world is None else world
-    if not 0 <= rank < world:
-        raise BuilderError(f"rank {rank} of a world of {world}", "ranks count from 0 to world - 1")
-    return rank, world
-
-
-def _positive(value: Any, name: str) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise BuilderError(f"{name} is {value!r}", "it must be a whole number of 1 or more")
-    return int(value)
-
-
-def _one_of(value: str, known: tuple[str, ...], name: str) -> None:
-    if value not in known:
-        raise BuilderError(f"{name} is {value!r}", did_you_mean(str(value), known))

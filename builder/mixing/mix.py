@@ -107,7 +107,9 @@ class Mix:
             origins, ranks = plan.origins[stretch].at(positions[chosen] - plan.edges[stretch])
             streams[chosen], indices[chosen] = origins, ranks + plan.reached[stretch, origins]
         synthetic = streams == 1
-        sources, indices[synthetic] = self._sources.at(indices[synthetic])
+        begin = int(plan.before[1:].sum())  # the synthetic sources' quota runs on, as their classes' do
+        sources, ranks = self._sources.at(begin + indices[synthetic])
+        indices[synthetic] = ranks - plan.before[1 + sources]
         streams[synthetic] = 1 + sources
         return streams, indices
 
@@ -122,7 +124,7 @@ class Mix:
             (None if steps is None else steps * self.stride, self._origins[share])
             for steps, share in self.ratio.stretches(number, step)
         ]
-        length = self._one_pass(stretches) if self.length is None else self.length
+        length = self._one_pass(stretches, before) if self.length is None else self.length
         if self.stop:
             length = min([length, *self._ends(stretches, before)]) // self.stride * self.stride
             if not length:
@@ -135,19 +137,20 @@ class Mix:
         reached = np.cumsum([np.zeros(2, np.int64), *counts], axis=0)
         return Epoch(
             number, step, length, edges, tuple(quota for _, quota in stretches), reached, before,
-            self._counts(stretches, length),
+            self._counts(stretches, length, before),
         )  # fmt: skip
 
-    def _counts(self, stretches: Stretches, length: int) -> np.ndarray:
+    def _counts(self, stretches: Stretches, length: int, before: np.ndarray) -> np.ndarray:
         """How many of each stream (int64 [streams]) stand among the first `length` positions."""
         origins = np.zeros(2, np.int64)
         for stretch, quota in stretches:
             here = length if stretch is None else min(length, stretch)
             origins += quota.counts(here)
             length -= here
-        return np.concatenate([origins[:1], self._sources.counts(int(origins[1]))])[: len(self.streams)]
+        synthetic = self._sources.counts(int(before[1:].sum() + origins[1]))[: len(before) - 1] - before[1:]
+        return np.concatenate([origins[:1], synthetic])
 
-    def _one_pass(self, stretches: Stretches) -> int:
+    def _one_pass(self, stretches: Stretches, before: np.ndarray) -> int:
         if self.streams[0] is not None:
             position = _position(stretches, 0, self.streams[0].count - 1)
             if position is not None:
@@ -155,7 +158,8 @@ class Mix:
         first = int(np.flatnonzero(self._sources.weights)[0])
         stream = self.streams[1 + first]
         assert stream is not None
-        position = _position(stretches, 1, self._sources.position(first, stream.count - 1))
+        index = self._sources.position(first, int(before[1 + first]) + stream.count - 1) - int(before[1:].sum())
+        position = _position(stretches, 1, index)
         assert position is not None  # no end of real samples, then one of synthetic ones
         return position + 1
 
@@ -166,9 +170,9 @@ class Mix:
             if stream is None or (number and not self._sources.weights[number - 1]):
                 continue
             index = stream.lasts(int(before[number]))
-            ends.append(
-                _position(stretches, min(number, 1), self._sources.position(number - 1, index) if number else index)
-            )
+            if number:
+                index = self._sources.position(number - 1, int(before[number]) + index) - int(before[1:].sum())
+            ends.append(_position(stretches, min(number, 1), index))
         return [end for end in ends if end is not None]
 
 

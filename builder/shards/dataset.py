@@ -199,8 +199,11 @@ def decode(payload: bytes) -> np.ndarray:
 
     OSError, SyntaxError or ValueError when it can't be decoded.
     """
-    with Image.open(io.BytesIO(payload)) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(payload)) as image:
+            return np.asarray(image.convert("RGB"))
+    except Image.DecompressionBombError as error:  # a damaged header may say any size
+        raise ValueError(str(error)) from None
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -166,25 +166,33 @@ def split_name(member: str) -> tuple[str, str]:
 
 
 def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> str:
-    """The phase code that the class members of an image (.cls, .json, .txt) say; BuilderError when none does."""
+    """The phase code that the class members of an image (.cls, .json, .txt) say; BuilderError when none does.
+
+    A .cls, and `label` of a .json, hold the index in the class table or else a code; `phase` and a .txt the other way
+    round. It makes a difference where the codes are numbers.
+    """
     value: object = None
+    index_first = False
     try:
         if ".cls" in said:
-            value = said[".cls"].decode().strip()
+            value, index_first = said[".cls"].decode().strip(), True
         elif ".json" in said:
             described = json.loads(said[".json"])
-            value = described.get("phase", described.get("label"))
+            value = described.get("phase")
+            if value is None:
+                value, index_first = described.get("label"), True
         if value is None and ".txt" in said:
-            value = said[".txt"].decode().strip()
+            value, index_first = said[".txt"].decode().strip(), False
     except (ValueError, AttributeError) as error:
         raise BuilderError(
             f"the class of {where} cannot be read: {error}", "mend its .cls, .json or .txt member"
         ) from None
     text = str(value)
-    if value is not None and text in classes.codes:
-        return text
-    if text.isdecimal() and int(text) < len(classes):
-        return classes.codes[int(text)]
+    by_index = classes.codes[int(text)] if text.isdecimal() and int(text) < len(classes) else None
+    by_code = text if value is not None and text in classes.codes else None
+    meant = (by_index or by_code) if index_first else (by_code or by_index)
+    if meant is not None:
+        return meant
     known = ", ".join(classes.codes)
     problem = "has no class" if value is None else f"has the class {text!r}, which is none of {known}"
     raise BuilderError(f"{where} {problem}", f"give it a .cls member with a label from 0 to {len(classes) - 1}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +37,8 @@ from builder.shards.writer import INDEXED, image_row, manifest_path, write_manif
 SAYS = (".cls", ".json", ".txt")  # members that say something of the image of the same stem
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PATIENT = ("patient", "patient_id", "group")  # in a .json; the first that is there
-OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already
+OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already, as HASHED
+HASHED = re.compile("[0-9a-f]{32}")
 EXIF_ORIENTATION = 0x0112
 
 
@@ -270,11 +272,11 @@ def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, descrip
     origin = told.get("origin", description.origin)
     if origin in ("real", "synthetic") and origin != description.origin:
         raise BuilderError(f"{where} says that it is {origin}", f"give --origin {origin}")
-    split = told.get("split", description.split)
+    split = description.split if told.get("split") is None else told["split"]
     if split is not None and str(split).lower() not in SPLITS:
         raise BuilderError(f"{where} is of the split {split!r}", f"the splits are {', '.join(SPLITS)}")
     patient = _patient(told)
-    if patient is not None and not told.keys() >= OURS:
+    if patient is not None and not (told.keys() >= OURS and HASHED.fullmatch(patient)):
         patient = description.find_key().hash(patient)
     return {
         **row, "phase": phase, "label": description.classes.label(phase), "origin": description.origin,
