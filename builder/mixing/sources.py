@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from builder.errors import BuilderError
 from builder.shards.dataset import OTHER_PIXELS, Dataset, resize
@@ -21,6 +22,7 @@ from builder.shards.writer import pixel_sha256
 
 COLUMNS = ("key", "label", "shard", "offset", "size", "split", "width", "height", "sha256")
 HASH = 16  # hex digits of the pixels' SHA-256 that are kept of each sample: a tar of another run has other pixels
+PNG = b"\x89PNG\r\n\x1a\n"
 OPEN_FILES = 128  # tars kept open by each process
 
 
@@ -87,8 +89,7 @@ class Source:
         decoded.
         """
         try:
-            with Image.open(io.BytesIO(self._payload(row))) as image:
-                pixels = np.asarray(image.convert("RGB"))
+            pixels = decode(self._payload(row))
             if int(pixel_sha256(pixels)[:HASH], 16) != self.hashes[row]:
                 raise ValueError(OTHER_PIXELS)
         except (OSError, SyntaxError, ValueError) as error:
@@ -116,6 +117,14 @@ class Source:
             self._files[shard] = os.open(self.storage.path(self.shards[shard]), os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def decode(payload: bytes) -> np.ndarray:
+    """The pixels of an encoded image: uint8 RGB [H, W, 3]. OSError, SyntaxError or ValueError when it is damaged."""
+    file = io.BytesIO(payload)
+    # Of PNG, which our shards hold, the kind needn't be guessed.
+    with PngImageFile(file) if payload.startswith(PNG) else Image.open(file) as image:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _hashes(sha256: pa.ChunkedArray) -> np.ndarray:
