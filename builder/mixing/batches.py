@@ -11,20 +11,26 @@ from torch.utils.data import Dataset
 
 from builder.errors import BuilderError
 from builder.mixing.schedule import InOrder, Mix, keyed_integer
+from builder.mixing.slots import Slots, Stored
 from builder.mixing.sources import Source
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor | Stored, np.ndarray, np.ndarray]  # images, labels, origin, as they leave a worker
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Requests:
-    """The batches to come, (epoch, start, size); a new list each epoch, so an abandoned iterator keeps its own."""
+    """The batches to come, (epoch, start, size); a new list each epoch, so an abandoned iterator keeps its own.
 
-    def __init__(self) -> None:
+    They are handed out with the slot that each is to be left in.
+    """
+
+    def __init__(self, slots: int) -> None:
         self.waiting: list[tuple[int, int, int]] = []
+        self.slots = slots
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        return iter(self.waiting)
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        for number, request in enumerate(self.waiting):
+            yield *request, number % self.slots
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -41,17 +47,20 @@ class Batches(Dataset):
         transform: Transform | None,
         dtype: str,
         seed: int,
+        slots: Slots,
     ) -> None:
-        self.sources, self.schedule = sources, schedule
+        self.sources, self.schedule, self.slots = sources, schedule, slots
         self.size, self.transform, self.dtype, self.seed = size, transform, dtype, seed
 
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch | BuilderError:
+    def __getitem__(self, request: tuple[int, int, int, int]) -> Batch | BuilderError:
         try:
-            return self._read(*request)
+            *what, slot = request
+            images, labels, origin = self._read(*what)
+            return self.slots.put(slot, images), labels, origin
         except BuilderError as error:
             return error  # raised by the loader: torch would bury the message of a worker in its traceback
 
-    def _read(self, epoch: int, start: int, size: int) -> Batch:
+    def _read(self, epoch: int, start: int, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         streams, rows = self.schedule.batch(epoch, start, size)
         images, labels = [], np.empty(len(rows), np.int64)
         for place, (number, row) in enumerate(zip(streams.tolist(), rows.tolist(), strict=True)):
@@ -64,7 +73,7 @@ class Batches(Dataset):
             batch = self._transformed(batch, self.transform, keyed_integer(self.seed, "transform", epoch, start))
         if self.dtype == "float32":
             batch = batch.float().div_(255) if batch.dtype == torch.uint8 else batch.float()
-        return batch, torch.from_numpy(labels), torch.from_numpy((streams > 0).astype(np.uint8))
+        return batch, labels, (streams > 0).astype(np.uint8)
 
     def _transformed(self, images: torch.Tensor, transform: Transform, seed: int) -> torch.Tensor:
         with torch.random.fork_rng(devices=[]):

@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from builder.errors import BuilderError, did_you_mean
-from builder.mixing.batches import Batch, Batches, Requests, Transform, unchanged
+from builder.mixing.batches import Batches, Requests, Transform, unchanged
 from builder.mixing.guards import check_lineage, check_sizes, class_weights, resolve
 from builder.mixing.schedule import InOrder, Mix, Stream
+from builder.mixing.slots import AHEAD, Slots
 from builder.mixing.sources import Source
 from builder.shards.dataset import Dataset
 
@@ -114,13 +115,16 @@ class MixedLoader:
         self._step = 0  # the next one
         self._offset = 0  # position where step 0 begins; not 0 only after a restore from another world or batch size
         self._restored = False
-        self._requests = Requests()
+        width, height = (size, size) if size else drawn[0].dimensions[2:]
+        self._slots = Slots(workers, self.batch_size * 3 * height * width * (4 if dtype == "float32" else 1))
+        self._requests = Requests(self._slots.count)
         self._loader = DataLoader(
-            Batches(self.sources, self.schedule, size, transform, dtype, seed),
+            Batches(self.sources, self.schedule, size, transform, dtype, seed, self._slots),
             batch_size=None,
             sampler=self._requests,
             collate_fn=unchanged,
             num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # else each epoch would draw from the caller's random numbers
         )
@@ -162,7 +166,7 @@ class MixedLoader:
         ahead = 0 if self.schedule.repeats else self.rank * self.batch_size
         return max(0, math.ceil((self.schedule.length - self._offset - ahead) / self._stride))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         if not self._restored:
             self._step = self._offset = 0
         self._restored = False
@@ -174,7 +178,8 @@ class MixedLoader:
                     batch.what, batch.remedy
                 )  # not `batch`: that would tie frame and loader into a cycle
             self._step = step + 1
-            yield batch
+            images, labels, origin = batch
+            yield self._slots.take(images), torch.from_numpy(labels), torch.from_numpy(origin)
         self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
