@@ -62,13 +62,16 @@ class Batches(Dataset):
 
     def _read(self, epoch: int, start: int, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         streams, rows = self.schedule.batch(epoch, start, size)
+        for number in np.unique(streams).tolist():
+            self.sources[number].expect(rows[streams == number].tolist())
         images, labels = [], np.empty(len(rows), np.int64)
         for place, (number, row) in enumerate(zip(streams.tolist(), rows.tolist(), strict=True)):
             source = self.sources[number]
             assert source is not None
-            images.append(source.pixels(row, self.size))
+            # Permuted one by one, while in the processor's cache: all at once takes several times longer.
+            images.append(np.ascontiguousarray(source.pixels(row, self.size).transpose(2, 0, 1)))
             labels[place] = source.labels[row]
-        batch = planes(images)
+        batch = torch.from_numpy(np.stack(images))
         if self.transform is not None:
             batch = self._transformed(batch, self.transform, keyed_integer(self.seed, "transform", epoch, start))
         if self.dtype == "float32":
@@ -87,18 +90,6 @@ class Batches(Dataset):
                 f"the transform gives {changed[0].dtype}, but the loader is to yield uint8", "pass dtype='float32'"
             )
         return torch.stack(changed)
-
-
-def planes(pixels: Sequence[np.ndarray]) -> torch.Tensor:
-    """Images as torch has them, uint8 [B, 3, H, W], of uint8 arrays [H, W, 3].
-
-    One by one, while they are in the processor's cache: stacking and permuting all at once takes several times longer.
-    """
-    height, width, channels = pixels[0].shape
-    images = np.empty((len(pixels), channels, height, width), np.uint8)
-    for image, array in zip(images, pixels, strict=True):
-        image[:] = array.transpose(2, 0, 1)
-    return torch.from_numpy(images)
 
 
 def unchanged(item: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,17 @@ class Source:
                 f"dataset '{self.name}' has labels outside its {classes} classes", f"run `builder verify {self.name}`"
             )
         return [np.flatnonzero(self.labels == label).astype(np.int32) for label in range(classes)]
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Have the system fetch the images of these rows into its cache, all at once: `pixels` then needn't wait."""
+        if not (self.storage.is_local and hasattr(os, "posix_fadvise")):
+            return
+        for row in rows:
+            try:
+                file = self._file(int(self.shard[row]))
+            except OSError:
+                return  # `pixels` tells it, with the key
+            os.posix_fadvise(file, int(self.offset[row]), int(self.size[row]), os.POSIX_FADV_WILLNEED)
 
     def pixels(self, row: int, size: int | None) -> np.ndarray:
         """The image of a row, uint8 RGB [H, W, 3]; resized to [size, size, 3] unless `size` is None.
