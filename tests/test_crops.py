@@ -688,6 +688,15 @@ def test_labels_in_the_box_file(tmp_path):
         pack(request, dataset(tmp_path, "other"), progress=False)
 
 
+def test_a_root_that_cannot_be_written_to_is_said_before_anything_is_rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BuilderError, match=r"file cannot be written to: Not a directory"):
+        ensure_phantom(str(tmp_path / "file"))
+    assert "rendering" not in capsys.readouterr().out
+
+
 def test_phantom_is_packed_once(tmp_path, capsys):
     made = ensure_phantom(str(tmp_path), patients=6, workers=1)
     assert made.info["state"] == "complete"

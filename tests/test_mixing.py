@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from builder.errors import BuilderError
 from builder.mixing import MixedLoader
+from builder.mixing.mix import Mix
 from builder.mixing.quota import Quota
-from builder.mixing.schedule import Mix, Stream, keyed_shuffle
+from builder.mixing.ratio import RatioSchedule
+from builder.mixing.schedule import Stream, keyed_shuffle
 from builder.mixing.sources import Source
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
@@ -173,8 +175,8 @@ mixtures = {
     "ratio": st.one_of(
         st.sampled_from([0.0, 0.25, 0.3, 0.5, 0.75]), st.integers(0, 95).map(lambda percent: percent / 100)
     ),
-    "world": st.integers(1, 4),
-    "batch": st.integers(1, 48),
+    "world": st.integers(1, 8),
+    "batch": st.one_of(st.integers(1, 48), st.integers(1, 256)),
 }
 
 
@@ -184,9 +186,9 @@ def test_a_batch_of_any_rank_keeps_the_ratio_and_an_epoch_has_all_of_real(
     sizes: list[list[int]], mode: str, ratio: float, world: int, batch: int
 ) -> None:
     real, *others = streams(sizes, mode)
-    mix = Mix(real, others, [stream.count for stream in others], ratio, None, seed=5)
+    mix = Mix(real, others, [stream.count for stream in others], RatioSchedule.of(ratio), None, seed=5)
     for epoch in (0, 3):
-        steps = -(-mix.length // (world * batch))
+        steps = -(-mix.epoch(epoch).length // (world * batch))
         starts = [(step * world + rank) * batch for step in range(steps) for rank in range(world)]
         drawn = [mix.batch(epoch, start, batch) for start in starts]
         synthetic = np.array([(stream > 0).sum() for stream, _ in drawn])
@@ -209,7 +211,7 @@ def test_a_batch_of_any_rank_keeps_the_ratio_and_an_epoch_has_all_of_real(
 def test_position_alone_decides(sizes: list[list[int]], mode: str, ratio: float, world: int, batch: int) -> None:
     """The same positions, cut into other batches, hold the same samples."""
     real, *others = streams(sizes, mode)
-    mix = Mix(real, others, [1.0] * len(others), ratio, 200, seed=5)
+    mix = Mix(real, others, [1.0] * len(others), RatioSchedule.of(ratio), 200, seed=5)
     whole = mix.batch(2, 0, world * batch)
     parts = [mix.batch(2, rank * batch, batch) for rank in range(world)]
     together = np.concatenate([np.stack(part, axis=1) for part in parts])
@@ -222,17 +224,17 @@ def test_over_epochs_classes_keep_their_share_and_samples_take_turns(
     sizes: list[list[int]], mode: str, length: int, epochs: int
 ) -> None:
     real, *others = streams(sizes, mode)
-    mix = Mix(real, others, [1.0] * len(others), 0.5, length, seed=5)
+    mix = Mix(real, others, [1.0] * len(others), RatioSchedule.of(0.5), length, seed=5)
     for number, stream in enumerate([real, *others]):
-        drawn = int(mix.drawn[number])
-        rows = np.concatenate([stream.rows(epoch, drawn, np.arange(drawn)) for epoch in range(epochs)])
+        drawn = int(mix.epoch(0).drawn[number])
+        rows = np.concatenate([stream.rows(e, e * drawn, drawn, np.arange(drawn)) for e in range(epochs)])
         label = np.repeat(np.arange(3), sizes[number])
         share = stream.quota.weights / stream.quota.period
         counts = np.cumsum(label[rows][:, None] == np.arange(3), axis=0)
         assert np.abs(counts - np.arange(1, len(rows) + 1)[:, None] * share).max(initial=0) < 1
         seen = np.bincount(rows, minlength=stream.count)
         assert all(np.ptp(seen[circle]) <= 1 for circle in stream.circles if len(circle))
-        last = stream.classes(epochs - 1, drawn)
+        last = stream.classes((epochs - 1) * drawn, drawn)
         assert last.tolist() == np.bincount(label[rows[len(rows) - drawn :]], minlength=3).tolist()
 
 
@@ -244,7 +246,7 @@ def test_epochs_and_seeds_and_twins_differ(pair: Path) -> None:
     assert epoch_keys(loader) != epoch_keys(other)
     mix = loader.schedule
     assert isinstance(mix, Mix)
-    twins = [mix.streams[number].rows(0, 27, np.arange(27)).tolist() for number in (1, 2)]  # type: ignore[union-attr]
+    twins = [mix.streams[number].rows(0, 0, 27, np.arange(27)).tolist() for number in (1, 2)]  # type: ignore[union-attr]
     assert sorted(twins[0]) == sorted(twins[1])
     assert twins[0] != twins[1]
 
@@ -281,7 +283,7 @@ def test_ranks_share_an_epoch(pair: Path, ratio: float) -> None:
     assert all(abs(synthetic_count(batch) - 5 * ratio) < 1 for loader in ranks for batch in epoch_keys(loader))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 3, 4])
 def test_workers_change_nothing(pair: Path, workers: int) -> None:
     def jitter(image: torch.Tensor) -> torch.Tensor:
         return image + torch.randint(0, 20, (1,), dtype=torch.uint8)
@@ -310,8 +312,8 @@ def test_tiny_sources_repeat_and_say_so(pair: Path, synthetic: str, batch_size: 
     described = loader.composition()
     assert [part["origin"] for part in described] == ["real", "synthetic"]
     assert described[0] == {
-        "name": "real", "origin": "real", "samples": 40, "drawn": 40, "passes": 1.0,
-        "classes": {"I": 12, "P": 24, "R": 4},
+        "name": "real", "origin": "real", "samples": 40, "drawn": 40, "passes": 1.0, "repeats": 1,
+        "classes": {"I": 12, "P": 24, "R": 4}, "available": {"I": 12, "P": 24, "R": 4},
     }  # fmt: skip
     assert described[1]["passes"] == described[1]["drawn"] / described[1]["samples"] > 4
 

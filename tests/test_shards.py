@@ -57,6 +57,14 @@ def test_the_json_member_has_no_nulls_and_no_timing(clinic: Dataset) -> None:
     assert not {"seconds", "device", "offset", "ssim"} & set(described)
 
 
+def test_verify_beside_a_job_that_comes_to_its_end_finds_nothing(clinic: Dataset) -> None:
+    """dataset.json gets its last count after the manifests were listed: no finding; of a dataset at rest it is one."""
+    info, counted = clinic.info, {**clinic.info, "count": clinic.info["count"] + 8}
+    clinic.write_info({**info, "state": "partial"})
+    assert verify_dataset(clinic, lambda: clinic.write_info(counted)) == []
+    assert verify_dataset(clinic) == [f"dataset.json counts {counted['count']} images, the manifests {info['count']}"]
+
+
 def test_verify_passes_a_sound_dataset(clinic: Dataset) -> None:
     assert verify_dataset(clinic) == []
     assert stray_tars(clinic) == []

@@ -23,8 +23,10 @@ from builder.cli.demo import demo
 from builder.cli.doctor import doctor
 from builder.cli.estimate import estimate
 from builder.cli.filter import filter_
+from builder.cli.index import index
 from builder.cli.inspect import compact, list_, rm, sheet, verify
 from builder.cli.metrics import floors, metrics
+from builder.cli.mix import mix
 from builder.cli.pack import pack
 from builder.cli.score import score
 from builder.cli.shards import regenerate, shards
@@ -56,8 +58,10 @@ for command in (
     floors,
     filter_,
     tune_filter,
+    mix,
     verify,
     compact,
+    index,
     list_,
     rm,
     sheet,

@@ -43,6 +43,7 @@ def ensure_stock(
 def _ensure(dataset: Dataset, classes: ClassTable, patients: int, seed: int, workers: int, stock: bool) -> Dataset:
     if dataset.exists() and dataset.info["state"] == "complete":
         return dataset
+    dataset.storage.require_writable()
     print(
         f"There is no dataset '{dataset.name}' yet: rendering the photographs of {patients} phantom patients "
         "and packing them."

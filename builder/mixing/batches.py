@@ -2,94 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from builder.errors import BuilderError
-from builder.mixing.schedule import InOrder, Mix, keyed_integer
-from builder.mixing.slots import Slots, Stored
+from builder.errors import BuilderError, did_you_mean
+from builder.mixing.mix import Mix
+from builder.mixing.schedule import InOrder, keyed_integer
 from builder.mixing.sources import Source
 
-Batch = tuple[torch.Tensor | Stored, np.ndarray, np.ndarray]  # images, labels, origin, as they leave a worker
 Transform = Callable[[torch.Tensor], torch.Tensor]
+ORIGINS = ("real", "synthetic")
+
+
+class Batch(NamedTuple):
+    """One batch as it leaves a worker."""
+
+    images: torch.Tensor  # uint8 (0-255) or float32 (0-1) [B, 3, H, W]
+    labels: torch.Tensor  # int64 [B]
+    origin: torch.Tensor  # uint8 [B]: 0 real, 1 synthetic
+    keys: list[str]
+    skipped: list[str]  # keys of images that could not be read
 
 
 class Requests:
-    """The batches to come, (epoch, start, size); a new list each epoch, so an abandoned iterator keeps its own.
+    """The batches to come, as `Slots` takes them; a new list each epoch, so an abandoned iterator keeps its own."""
 
-    They are handed out with the slot that each is to be left in.
-    """
+    def __init__(self) -> None:
+        self.waiting: Sequence[Any] = []
 
-    def __init__(self, slots: int) -> None:
-        self.waiting: list[tuple[int, int, int]] = []
-        self.slots = slots
-
-    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        for number, request in enumerate(self.waiting):
-            yield *request, number % self.slots
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.waiting)
 
     def __len__(self) -> int:
         return len(self.waiting)
 
 
+class Assembly:
+    """From decoded images to the tensors of a batch: transform, value range, one shape.
+
+    transform: of both origins, or a table {"real": ..., "synthetic": ...}; called with uint8 [3, H, W].
+    """
+
+    def __init__(self, transform: Transform | Mapping[str, Transform] | None, dtype: str, seed: int) -> None:
+        if isinstance(transform, Mapping):
+            for origin in transform:
+                if origin not in ORIGINS:
+                    raise BuilderError(f"a transform is given for '{origin}'", did_you_mean(origin, ORIGINS))
+            self.transforms = tuple(transform.get(origin) for origin in ORIGINS)
+        else:
+            self.transforms = (transform, transform)
+        self.dtype, self.seed = dtype, seed
+
+    def __call__(self, pixels: Sequence[np.ndarray], origin: np.ndarray, epoch: int, start: int) -> torch.Tensor:
+        """Images (uint8 or float32 [B, 3, H, W]) of uint8 arrays [H, W, 3] and their origins (0 or 1, [B])."""
+        images = torch.from_numpy(planes(pixels))
+        if any(self.transforms):
+            images = self._transformed(images, origin, keyed_integer(self.seed, "transform", epoch, start))
+        return self._ranged(images)
+
+    def _ranged(self, images: torch.Tensor) -> torch.Tensor:
+        if self.dtype == "uint8":
+            return images
+        return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+    def _transformed(self, images: torch.Tensor, origin: np.ndarray, seed: int) -> torch.Tensor:
+        changed = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for image, synthetic in zip(images, origin.tolist(), strict=True):
+                transform = self.transforms[synthetic]
+                changed.append(image if transform is None else transform(image))
+        shapes = sorted({tuple(image.shape) for image in changed})
+        if len(shapes) > 1:
+            raise BuilderError(f"the transform gives images of different shapes: {shapes}", "let it end at one size")
+        kinds = {image.dtype for image in changed}
+        if self.dtype == "uint8" and kinds != {torch.uint8}:
+            wrong = next(kind for kind in kinds if kind != torch.uint8)
+            raise BuilderError(f"the transform gives {wrong}, but the loader is to yield uint8", "pass dtype='float32'")
+        return torch.stack(changed if len(kinds) == 1 else [self._ranged(image) for image in changed])
+
+
 class Batches(Dataset):
-    """Whole batches as items: a worker needs nothing but the request, so their number changes nothing."""
+    """Whole batches as items: a worker needs nothing but the request, so their number changes nothing.
+
+    size: side in px that images are loaded at; None: as they are. skip: what can't be read is replaced by the next
+    sample of its source and class (in evaluation: left out), and its key returned.
+    """
 
     def __init__(
         self,
         sources: Sequence[Source | None],
         schedule: Mix | InOrder,
         size: int | None,
-        transform: Transform | None,
-        dtype: str,
-        seed: int,
-        slots: Slots,
+        assembly: Assembly,
+        *,
+        skip: bool = False,
     ) -> None:
-        self.sources, self.schedule, self.slots = sources, schedule, slots
-        self.size, self.transform, self.dtype, self.seed = size, transform, dtype, seed
+        self.sources, self.schedule, self.size, self.assembly, self.skip = sources, schedule, size, assembly, skip
 
-    def __getitem__(self, request: tuple[int, int, int, int]) -> Batch | BuilderError:
+    def __getitem__(self, request: tuple[int, int, int]) -> Batch | BuilderError:
         try:
-            *what, slot = request
-            images, labels, origin = self._read(*what)
-            return self.slots.put(slot, images), labels, origin
+            return self._read(*request)
         except BuilderError as error:
             return error  # raised by the loader: torch would bury the message of a worker in its traceback
 
-    def _read(self, epoch: int, start: int, size: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    def _read(self, epoch: int, start: int, size: int) -> Batch:
+        pixels, labels, origin, keys = [], [], [], []
+        skipped: list[str] = []
         streams, rows = self.schedule.batch(epoch, start, size)
-        for number in np.unique(streams).tolist():
-            self.sources[number].expect(rows[streams == number].tolist())
-        images, labels = [], np.empty(len(rows), np.int64)
-        for place, (number, row) in enumerate(zip(streams.tolist(), rows.tolist(), strict=True)):
+        for number, source in enumerate(self.sources):
+            if source is not None:
+                source.expect(rows[streams == number])
+        for number, row in zip(streams.tolist(), rows.tolist(), strict=True):
             source = self.sources[number]
             assert source is not None
-            # Permuted one by one, while in the processor's cache: all at once takes several times longer.
-            images.append(np.ascontiguousarray(source.pixels(row, self.size).transpose(2, 0, 1)))
-            labels[place] = source.labels[row]
-        batch = torch.from_numpy(np.stack(images))
-        if self.transform is not None:
-            batch = self._transformed(batch, self.transform, keyed_integer(self.seed, "transform", epoch, start))
-        if self.dtype == "float32":
-            batch = batch.float().div_(255) if batch.dtype == torch.uint8 else batch.float()
-        return batch, labels, (streams > 0).astype(np.uint8)
+            found = self._pixels(number, source, row, skipped)
+            if found is not None:
+                pixels.append(found[0])
+                keys.append(source.keys[found[1]].as_py())
+                labels.append(int(source.labels[row]))
+                origin.append(int(number > 0))
+        origins = np.array(origin, np.uint8)
+        images = self.assembly(pixels, origins, epoch, start) if pixels else torch.empty(0)
+        return Batch(images, torch.tensor(labels), torch.from_numpy(origins), keys, skipped)
 
-    def _transformed(self, images: torch.Tensor, transform: Transform, seed: int) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            changed = [transform(image) for image in images]
-        shapes = sorted({tuple(image.shape) for image in changed})
-        if len(shapes) > 1:
-            raise BuilderError(f"the transform gives images of different shapes: {shapes}", "let it end at one size")
-        if self.dtype == "uint8" and changed[0].dtype != torch.uint8:
-            raise BuilderError(
-                f"the transform gives {changed[0].dtype}, but the loader is to yield uint8", "pass dtype='float32'"
-            )
-        return torch.stack(changed)
+    def _pixels(self, number: int, source: Source, row: int, skipped: list[str]) -> tuple[np.ndarray, int] | None:
+        """The image of a row, or of what stands in for it, and the row it is of."""
+        try:
+            return source.pixels(row, self.size), row
+        except BuilderError:
+            if not self.skip:
+                raise
+        skipped.append(source.keys[row].as_py())
+        if isinstance(self.schedule, InOrder):
+            return None
+        label = int(source.labels[row])
+        for other in self.schedule.neighbours(number, row, label).tolist():
+            try:
+                return source.pixels(other, self.size), other
+            except BuilderError:
+                skipped.append(source.keys[other].as_py())
+        raise BuilderError(
+            f"no image of the class {label} of '{source.name}' can be read", f"run `builder verify {source.name}`"
+        )
+
+
+def planes(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Images as torch has them, uint8 [B, 3, H, W], of arrays [H, W, 3].
+
+    Each by itself, which stays in the processor's cache: several times faster than to stack and permute them all.
+    """
+    images = np.empty((len(pixels), 3, *pixels[0].shape[:2]), np.uint8)
+    for image, array in zip(images, pixels, strict=True):
+        image[:] = array.transpose(2, 0, 1)
+    return images
 
 
 def unchanged(item: Any) -> Any:

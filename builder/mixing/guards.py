@@ -42,7 +42,7 @@ def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None) -> 
         raise BuilderError(
             problem, "use a generator trained on the training split of this dataset, or pass allow_leak='the reason'"
         )
-    warnings.warn(f"{problem}; allowed, because: {allow_leak}", stacklevel=4)
+    warnings.warn(f"{problem}; allowed, because: {allow_leak}", stacklevel=5)
 
 
 def check_sizes(sources: Sequence[Source]) -> None:
@@ -77,7 +77,7 @@ def class_weights(mode: str, source: Source, real: Source | None, classes: Class
     missing = [code for code, count in zip(classes.codes, counts, strict=True) if not count]
     if missing:
         warnings.warn(
-            f"'{source.name}' has no sample of {', '.join(missing)}: its quota goes to its other classes", stacklevel=4
+            f"'{source.name}' has no sample of {', '.join(missing)}: its quota goes to its other classes", stacklevel=5
         )
     if not any(weights):
         raise BuilderError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from builder.errors import BuilderError, did_you_mean
-from builder.mixing.batches import Batches, Requests, Transform, unchanged
-from builder.mixing.guards import check_lineage, check_sizes, class_weights, resolve
-from builder.mixing.schedule import InOrder, Mix, Stream
+from builder.mixing.batches import Assembly, Batch, Batches, Requests, Transform, unchanged
+from builder.mixing.first_batches import FirstBatches
+from builder.mixing.mix import Mix
+from builder.mixing.mixture import Reference, Wish, mixture
+from builder.mixing.ratio import UNITS
 from builder.mixing.slots import AHEAD, Slots
-from builder.mixing.sources import Source
-from builder.shards.dataset import Dataset
+from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
 
-Reference = str | Path | Dataset
-DEFAULT_RATIO = 0.25
+COLLATE = ("tuple", "dict", "numpy")
 
 
 class MixedLoader:
@@ -34,21 +35,38 @@ class MixedLoader:
         shared out by `weights` (default: by their sizes). Filtered views are datasets like any other.
     ratio: synthetic share of a batch, 0-1 (default: 0.25 with synthetic data, else 0; at 0 none is opened). If
         ratio x batch_size is whole, every batch of every rank has exactly that many; else counts are rounded so that
-        they add up.
+        they add up. A table makes a schedule: {0: 1.0, 10: 0.0} is synthetic first, then real only. It counts in
+        epochs, or with `ratio_unit="step"` in the loader's steps since epoch 0.
+    counts: instead of ratio, weights and batch_size: the samples of each source in a batch, real first: (24, 6, 2).
     size: side of the square images in px; None when all stored images have one size.
     split: "train" mixes; "val" and "test" give the real samples of the split alone, in order, each once over all ranks.
     classes: share of the classes within each source: "natural" (as it has them), "match_real" (as the real data has
         them), "balance" (equal).
-    epoch: "real": one pass over the real data (at ratio 1: over the first synthetic dataset); or a number of
-        samples, real and synthetic on all ranks. All ranks make the same number of steps; the last one is filled up
-        with repeats. A source that runs out starts again in another order.
+    epoch: "real": one pass over the real data (where only synthetic data is drawn: over its first dataset); or a number
+        of samples, real and synthetic on all ranks. All ranks make the same number of steps.
+    exhausted: what happens when an epoch asks for more of a source than it has. "cycle": it starts again, in another
+        order; the last step is filled up with repeats (`filled` says how many). "stop": the epoch ends with the last
+        whole step before any sample would come again. The ratio holds either way.
+    max_repeats: warns when a sample is drawn more often than this in an epoch.
     transform: called with each image, uint8 [3, H, W]; torch's random numbers in it depend on seed, epoch and place.
-    workers: processes that read ahead; batches are the same whatever their number.
-    rank, world: of this process; default: from torch.distributed, else a single one.
+        A table {"real": ..., "synthetic": ...} for one each.
+    collate: "tuple"; "dict" (images, labels, origin, keys); "numpy": the tuple as arrays with images [B, H, W, 3],
+        as TensorFlow takes them.
+    reading: "indexed": random access into the tars, a shuffle of the whole source. "stream": the tars are read
+        forwards, behind a shuffle buffer of `buffer` samples of each source in each worker: for object stores and huge
+        sets. The ratio in every batch is as exact, and each pass of a source has every sample once; but passes begin
+        at no epoch's start, a batch's classes are as they come, and order and state belong to rank, world and workers
+        (see mixing.stream). Validation and test are always read by index.
+    on_error: "raise", when an image cannot be read; or "skip": the next sample of its source and class stands in (in
+        evaluation it is left out), a warning names it, and `skipped` counts.
+    workers: processes that read ahead; by index, batches are the same whatever their number. pin_memory: as in
+        DataLoader.
+    rank, world: of this process; default: from torch.distributed, or the launcher's environment, else a single one.
     allow_leak: the reason to use synthetic data that held-out patients may have leaked into.
     partial: take datasets that are not complete.
 
-    An iteration to the end moves on to the next epoch; `set_epoch` sets it. BuilderError: what cannot be mixed.
+    After all batches of an epoch the next iteration is the next epoch; `set_epoch` sets it. It shares out the samples
+    to the ranks itself: accelerate's `prepare` and Lightning take it as it is. BuilderError: what cannot be mixed.
     """
 
     def __init__(
@@ -56,7 +74,9 @@ class MixedLoader:
         real: Reference | None = None,
         synthetic: Reference | Sequence[Reference] | None = None,
         *,
-        ratio: float | None = None,
+        ratio: float | Mapping[int, float] | None = None,
+        ratio_unit: str = "epoch",
+        counts: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         batch_size: int = 32,
         size: int | None = None,
@@ -64,146 +84,165 @@ class MixedLoader:
         split: str = "train",
         classes: str = "natural",
         epoch: str | int = "real",
+        exhausted: str = "cycle",
+        max_repeats: int | None = None,
         seed: int = 0,
         workers: int = 0,
-        transform: Transform | None = None,
+        pin_memory: bool = False,
+        transform: Transform | Mapping[str, Transform] | None = None,
         dtype: str = "uint8",
+        collate: str = "tuple",
+        reading: str = "indexed",
+        buffer: int = BUFFER,
+        on_error: str = "raise",
         rank: int | None = None,
         world: int | None = None,
         allow_leak: str | None = None,
         partial: bool = False,
     ) -> None:
         _one_of(split, ("train", "val", "test"), "split")
-        listed = _listed(synthetic)
-        self.ratio = _ratio(ratio, real is not None, bool(listed), split)
-        self.split, self.class_mode, self.seed = split, classes, seed
-        self.rank, self.world = _place(rank, world)
-        self.batch_size = _positive(batch_size, "batch_size")
+        _one_of(ratio_unit, UNITS, "ratio_unit")
         _one_of(classes, ("natural", "match_real", "balance"), "classes")
+        _one_of(exhausted, ("cycle", "stop"), "exhausted")
         _one_of(dtype, ("uint8", "float32"), "dtype")
-        if epoch != "real":
-            _positive(epoch, "epoch")
-        if size is not None:
-            _positive(size, "size")
-
-        real_data = None if real is None else resolve(real, "real", out, partial)
-        others = [resolve(reference, "synthetic", out, partial) for reference in listed] if self.ratio else []
-        for other in others:
-            if real_data is None:
-                warnings.warn(
-                    f"no real dataset is given: the lineage of '{other.name}' is not checked against anything",
-                    stacklevel=2,
-                )
-            else:
-                check_lineage(other, real_data, allow_leak)
-        datasets = [dataset for dataset in (real_data, *others) if dataset is not None]
-        for dataset in datasets[1:]:
-            datasets[0].classes.require_same(dataset.classes, f"'{datasets[0].name}'", f"'{dataset.name}'")
-        self.classes = datasets[0].classes
-
-        real_source = None if real_data is None else Source(real_data, split)
-        self.sources = [real_source, *(Source(other) for other in others)]
-        drawn = [source for number, source in enumerate(self.sources) if source and (number or self.ratio < 1)]
-        if size is None:
-            check_sizes(drawn)
-        self.schedule: Mix | InOrder
-        if split == "train":
-            self.schedule = self._mix(weights, None if epoch == "real" else int(epoch))
-        else:
-            self.schedule = InOrder(len(drawn[0]))
+        _one_of(collate, COLLATE, "collate")
+        _one_of(reading, ("indexed", "stream"), "reading")
+        _one_of(on_error, ("raise", "skip"), "on_error")
+        for name, value in (("epoch", epoch), ("size", size), ("max_repeats", max_repeats), ("buffer", buffer)):
+            if value is not None and value != "real":
+                _positive(value, name)
+        self.rank, self.world = _place(rank, world)
+        mixed = mixture(
+            Wish(
+                real, synthetic, ratio, ratio_unit, counts, weights, _positive(batch_size, "batch_size"), size, out,
+                split, classes, epoch, exhausted, seed, self.world, allow_leak, partial,
+            )
+        )  # fmt: skip
+        self.sources, self.schedule, self.classes = mixed.sources, mixed.schedule, mixed.classes
+        self.ratio, self.batch_size = mixed.ratio, mixed.batch_size
+        self.split, self.class_mode, self.seed, self.collate = split, classes, seed, collate
+        self.length, self.exhausted, self.max_repeats = epoch, exhausted, max_repeats
+        self.skipped: Counter[str] = Counter()  # how often each key could not be read
         self.epoch = 0
         self._step = 0  # the next one
         self._offset = 0  # position where step 0 begins; not 0 only after a restore from another world or batch size
-        self._restored = False
-        width, height = (size, size) if size else drawn[0].dimensions[2:]
-        self._slots = Slots(workers, self.batch_size * 3 * height * width * (4 if dtype == "float32" else 1))
-        self._requests = Requests(self._slots.count)
+        self._restored = self._asked = False  # restored; and then asked by set_epoch for the epoch restored
+        self._first_batches = FirstBatches()
+        self._requests = Requests()
+        assembly, skip = Assembly(transform, dtype, seed), on_error == "skip"
+        self._cursor: Cursor | None = None  # of streams: where the readers stand
+        if reading == "stream" and isinstance(self.schedule, Mix):
+            if exhausted == "stop":
+                raise BuilderError(
+                    "exhausted='stop' needs passes that begin with the epoch", 'pass reading="indexed", or "cycle"'
+                )
+            streamed = StreamBatches(
+                self.sources, self.schedule.sources, size, assembly, seed=seed, rank=self.rank, world=self.world,
+                workers=workers, buffer=buffer, skip=skip, classes=classes,
+            )  # fmt: skip
+            self._cursor = Cursor(streamed)
+        indexed = Batches(self.sources, self.schedule, size, assembly, skip=skip)
+        width, height = (size, size) if size else mixed.drawn[0].dimensions[2:]
+        room = self.batch_size * 3 * height * width * (4 if dtype == "float32" else 1)
+        self._slots = Slots(streamed if self._cursor else indexed, workers, room, pin_memory=pin_memory)
         self._loader = DataLoader(
-            Batches(self.sources, self.schedule, size, transform, dtype, seed, self._slots),
+            self._slots,
             batch_size=None,
             sampler=self._requests,
             collate_fn=unchanged,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
             persistent_workers=workers > 0,
+            pin_memory=pin_memory,
             generator=torch.Generator(),  # else each epoch would draw from the caller's random numbers
         )
-
-    def _mix(self, weights: Sequence[float] | None, length: int | None) -> Mix:
-        real, *others = self.sources
-        streams: list[Stream | None] = []
-        for number, source in enumerate(self.sources):
-            if source is None or (number == 0 and self.ratio == 1):
-                streams.append(None)
-                continue
-            shares = class_weights(self.class_mode, source, real, self.classes)
-            streams.append(Stream(source.members(len(self.classes)), shares, (self.seed, number)))
-        if weights is not None and len(weights) != len(others):
-            raise BuilderError(
-                f"{len(weights)} weights are given for {len(others)} synthetic datasets", "give one each"
-            )
-        sizes = [float(len(source)) for source in others if source]
-        mix = Mix(
-            streams[0],
-            [s for s in streams[1:] if s],
-            sizes if weights is None else weights,
-            self.ratio,
-            length,
-            self.seed,
-        )
-        for source, drawn in zip(self.sources, mix.drawn, strict=True):
-            if source and not drawn and not (source is real and self.ratio == 1):
-                raise BuilderError(
-                    f"at ratio {self.ratio:g}, an epoch of {mix.length} samples has room for none of '{source.name}'",
-                    "give a longer epoch (epoch=SAMPLES), or another ratio",
-                )
-        return mix
+        self._warn_of_repeats()
 
     # -- the epoch ------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Steps of the epoch; in training the same on every rank."""
-        ahead = 0 if self.schedule.repeats else self.rank * self.batch_size
-        return max(0, math.ceil((self.schedule.length - self._offset - ahead) / self._stride))
+        """Steps of the current epoch; in training the same on every rank."""
+        ahead = 0 if isinstance(self.schedule, Mix) else self.rank * self.batch_size
+        return max(0, math.ceil((self._positions - self._offset - ahead) / self._stride))
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        if not self._restored:
-            self._step = self._offset = 0
-        self._restored = False
+    @property
+    def filled(self) -> int:
+        """Samples beyond the epoch that fill up its last step, over all ranks: fewer than world x batch_size."""
+        if not isinstance(self.schedule, Mix):
+            return 0
+        return max(0, len(self) * self._stride - (self._positions - self._offset))
+
+    def __iter__(self) -> Iterator[Any]:
+        # Those who count the steps take all batches, but don't await the end. And a state saved after the last batch
+        # goes on with the next epoch, unless this one was asked for: then nothing of it is left.
+        ended = 0 < len(self) <= self._step and not self._asked
+        if ended or not self._restored:
+            self._go_to(self.epoch + ended)
+        self._restored = self._asked = False
         first = self._step
-        self._requests.waiting = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
-        for step, batch in enumerate(self._loader, first):
+        wanted = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
+        self._requests.waiting = self._cursor.requests(first, wanted) if self._cursor else wanted
+        for step, batch in enumerate((batch for batch in map(self._slots.received, self._loader) if batch is not None), first):
             if isinstance(batch, BuilderError):
-                raise BuilderError(
-                    batch.what, batch.remedy
-                )  # not `batch`: that would tie frame and loader into a cycle
+                # Not `batch` itself: that would tie frame and loader into a cycle.
+                raise BuilderError(batch.what, batch.remedy)
+            self._look_at(batch)
             self._step = step + 1
-            images, labels, origin = batch
-            yield self._slots.take(images), torch.from_numpy(labels), torch.from_numpy(origin)
+            if self._cursor:
+                self._cursor.seen(step, batch)
+            if len(batch.labels):  # in evaluation all of a batch may be left out
+                yield self._shaped(batch)
         self.set_epoch(self.epoch + 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch` (0 or more); nothing changes when a restored state stands in it already."""
-        if epoch != self.epoch:
-            self.epoch, self._step, self._offset, self._restored = epoch, 0, 0, False
+        self._asked = epoch == self.epoch and self._restored
+        if not self._asked:
+            self._go_to(epoch)
+
+    def _go_to(self, epoch: int) -> None:
+        self.epoch, self._step, self._offset, self._restored = epoch, 0, 0, False
 
     def keys(self, step: int, epoch: int | None = None) -> list[str]:
         """The keys of this rank's batch at `step` of `epoch` (default: the current one), in order; reads no image."""
+        if self._cursor:
+            raise BuilderError("a stream's keys are known when they come", 'pass collate="dict", which gives them')
         picked = self.schedule.batch(self.epoch if epoch is None else epoch, self._start(step), self.batch_size)
         sources = self.sources
         return [sources[number].keys[int(row)].as_py() for number, row in zip(*picked, strict=True)]
 
-    def composition(self) -> list[dict[str, Any]]:
-        """What the current epoch draws, by source: name, origin, samples, drawn, passes, classes (drawn, by code)."""
+    def _look_at(self, batch: Batch | StreamBatch) -> None:
+        for key in batch.skipped:
+            if key not in self.skipped:
+                warnings.warn(f"the image {key} cannot be read, and is skipped: run `builder verify`", stacklevel=3)
+            self.skipped[key] += 1
+        if not self._first_batches.done:
+            self._first_batches.see(batch.images, batch.origin)
+
+    def _shaped(self, batch: Batch | StreamBatch) -> Any:
+        if self.collate == "dict":
+            return {"images": batch.images, "labels": batch.labels, "origin": batch.origin, "keys": batch.keys}
+        if self.collate == "numpy":
+            images = np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
+            return images, batch.labels.numpy(), batch.origin.numpy()
+        return batch.images, batch.labels, batch.origin
+
+    # -- what it draws --------------------------------------------------------------------------------------------
+
+    def composition(self, epoch: int | None = None) -> list[dict[str, Any]]:
+        """What an epoch (default: the current one) draws of each source, over all ranks.
+
+        name, origin, samples, drawn, passes (drawn / samples), repeats (how often a sample comes at most), and by
+        class code: classes (drawn; of streams on average) and available (samples).
+        """
+        epoch = self.epoch if epoch is None else epoch
         described = []
-        for number, (source, drawn) in enumerate(zip(self.sources, self.schedule.drawn.tolist(), strict=True)):
+        for number, source in enumerate(self.sources):
             if source is None:
                 continue
-            stream = self.schedule.streams[number] if isinstance(self.schedule, Mix) else None
-            if stream is not None:
-                by_class = stream.classes(self.epoch, drawn)
-            else:
-                by_class = np.bincount(source.labels, minlength=len(self.classes)) * bool(drawn)
+            available = np.bincount(source.labels, minlength=len(self.classes))
+            by_class = self._by_class(number, epoch, available)
+            drawn = int(by_class.sum())
             described.append(
                 {
                     "name": source.name,
@@ -211,21 +250,45 @@ class MixedLoader:
                     "samples": len(source),
                     "drawn": drawn,
                     "passes": drawn / len(source),
+                    "repeats": int(np.ceil(by_class / np.maximum(available, 1)).max()),
                     "classes": dict(zip(self.classes.codes, by_class.tolist(), strict=True)),
+                    "available": dict(zip(self.classes.codes, available.tolist(), strict=True)),
                 }
             )
         return described
 
+    def _by_class(self, number: int, epoch: int, available: np.ndarray) -> np.ndarray:
+        if not isinstance(self.schedule, Mix):
+            return available
+        stream, plan = self.schedule.streams[number], self.schedule.epoch(epoch)
+        if stream is None:
+            return np.zeros_like(available)
+        return stream.classes(int(plan.before[number]), int(plan.drawn[number]))
+
+    def _warn_of_repeats(self) -> None:
+        for part in self.composition() if self.max_repeats else ():
+            if part["repeats"] > self.max_repeats:
+                warnings.warn(
+                    f"samples of '{part['name']}' come up to {part['repeats']} times an epoch, max_repeats is "
+                    f"{self.max_repeats}: it has {part['samples']}, and {part['drawn']} are drawn",
+                    stacklevel=3,
+                )
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration stands: epoch and position in it, the same on every rank; and what it belongs to."""
-        return {"epoch": self.epoch, "position": self._offset + self._step * self._stride, **self._identity()}
+        """Where the iteration stands: epoch and position in it, and what it belongs to; JSON.
+
+        The same on every rank; with streams also where this rank's readers stand.
+        """
+        state = {"epoch": self.epoch, "position": self._offset + self._step * self._stride, **self._identity()}
+        return {**state, "streams": self._cursor.state_dict()} if self._cursor else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` stood: the next iteration yields the rest of that epoch.
 
-        Workers, world and batch size may differ. BuilderError when ratio, seed, sources or classes do.
+        Workers, world and batch size may differ (not the last two where the ratio changes by step, or with
+        exhausted="stop"; none with streams). BuilderError when ratio, seed, sources or classes do.
         """
         for name, value in self._identity().items():
             if state.get(name) != value:
@@ -235,14 +298,26 @@ class MixedLoader:
                 )
         self.epoch = int(state["epoch"])
         self._step, self._offset = divmod(int(state["position"]), self._stride)
-        self._restored = True
+        if self._cursor:
+            self._cursor.load_state_dict(state["streams"])
+        self._restored, self._asked = True, False
 
     def _identity(self) -> dict[str, Any]:
         sources = [[source.name, len(source)] for source in self.sources if source]
-        return {
-            "seed": self.seed, "ratio": self.ratio, "classes": self.class_mode, "split": self.split,
-            "length": self.schedule.length, "sources": sources, "drawn": self.schedule.drawn.tolist(),
+        identity = {
+            "seed": self.seed, "ratio": self.ratio.to_json(), "classes": self.class_mode, "split": self.split,
+            "length": self.length, "exhausted": self.exhausted, "sources": sources,
+            "reading": "stream" if self._cursor else "indexed",
         }  # fmt: skip
+        if isinstance(self.schedule, Mix):
+            if self._cursor or self.exhausted == "stop" or (self.ratio.unit == "step" and not self.ratio.is_constant):
+                identity["samples a step"] = self._stride
+            identity["drawn"] = self.schedule.epoch(0).drawn.tolist()
+        return identity
+
+    @property
+    def _positions(self) -> int:
+        return self.schedule.epoch(self.epoch).length if isinstance(self.schedule, Mix) else self.schedule.length
 
     @property
     def _stride(self) -> int:
@@ -252,36 +327,13 @@ class MixedLoader:
         return self._offset + step * self._stride + self.rank * self.batch_size
 
 
-def _listed(synthetic: Reference | Sequence[Reference] | None) -> list[Reference]:
-    if synthetic is None:
-        return []
-    return [synthetic] if isinstance(synthetic, str | Path | Dataset) else list(synthetic)
-
-
-def _ratio(ratio: float | None, real: bool, synthetic: bool, split: str) -> float:
-    if split != "train":
-        if ratio or synthetic:
-            raise BuilderError(f"the {split} split is never mixed with synthetic data", "leave out synthetic and ratio")
-        if not real:
-            raise BuilderError(f"no real dataset is given for the {split} split", "pass real=...")
-        return 0.0
-    if ratio is None:
-        ratio = DEFAULT_RATIO if synthetic else 0.0
-    if not 0 <= ratio <= 1:
-        raise BuilderError(f"ratio is {ratio}", "it is the synthetic share of a batch, from 0 to 1")
-    if ratio > 0 and not synthetic:
-        raise BuilderError(f"ratio is {ratio:g}, but no synthetic dataset is given", "pass synthetic=..., or ratio=0")
-    if ratio < 1 and not real:
-        raise BuilderError(
-            f"ratio is {ratio:g}, but no real dataset is given", "pass real=..., or ratio=1 for synthetic samples alone"
-        )
-    return float(ratio)
-
-
 def _place(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Rank and world as given, of the process group, or as torchrun and accelerate say before there is a group."""
     distributed = torch.distributed
-    if rank is None and world is None and distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
+    if rank is None and world is None:
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rank, world = rank or 0, 1 if world is None else world
     if not 0 <= rank < world:
         raise BuilderError(f"rank {rank} of a world of {world}", "ranks count from 0 to world - 1")

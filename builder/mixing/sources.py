@@ -5,25 +5,20 @@ A view (a filtered manifest without tars of its own) reads like any dataset: its
 
 from __future__ import annotations
 
-import io
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
 
 from builder.errors import BuilderError
-from builder.shards.dataset import OTHER_PIXELS, Dataset, resize
+from builder.shards.dataset import OTHER_PIXELS, Dataset, decode, resize
 from builder.shards.writer import pixel_sha256
 
 COLUMNS = ("key", "label", "shard", "offset", "size", "split", "width", "height", "sha256")
 HASH = 16  # hex digits of the pixels' SHA-256 that are kept of each sample: a tar of another run has other pixels
-PNG = b"\x89PNG\r\n\x1a\n"
 OPEN_FILES = 128  # tars kept open by each process
 
 
@@ -40,12 +35,13 @@ class Source:
             table = table.filter(pc.fill_null(pc.equal(splits, split), False))
             if not table.num_rows:
                 known = sorted(value for value in splits.unique().to_pylist() if value)
-                found = f"its splits are {', '.join(known)}" if known else "its samples have no split: pack it again"
+                found = f"its splits are {', '.join(known)}" if known else "its samples have no split: make it anew"
                 raise BuilderError(f"dataset '{self.name}' has no sample of the split '{split}'", found)
         if not table.num_rows:
             raise BuilderError(f"dataset '{self.name}' has no sample", "loosen the filter that made it")
         shards = table["shard"].combine_chunks().dictionary_encode()
         self.shards: list[str] = shards.dictionary.to_pylist()
+        self._places = [self.storage.holder(shard) for shard in self.shards]  # indexed tars lie elsewhere than the root
         self.keys: pa.Array = table["key"].combine_chunks()
         self.shard = shards.indices.to_numpy().astype(np.int32)
         self.offset = table["offset"].to_numpy().astype(np.int64)
@@ -83,16 +79,18 @@ class Source:
             )
         return [np.flatnonzero(self.labels == label).astype(np.int32) for label in range(classes)]
 
-    def expect(self, rows: Sequence[int]) -> None:
-        """Have the system fetch the images of these rows into its cache, all at once: `pixels` then needn't wait."""
-        if not (self.storage.is_local and hasattr(os, "posix_fadvise")):
+    def expect(self, rows: np.ndarray) -> None:
+        """Have the system fetch the images of these rows into its cache, all at once, so that `pixels` needn't wait."""
+        if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        for row in rows:
-            try:
-                file = self._file(int(self.shard[row]))
-            except OSError:
-                return  # `pixels` tells it, with the key
-            os.posix_fadvise(file, int(self.offset[row]), int(self.size[row]), os.POSIX_FADV_WILLNEED)
+        for row in rows.tolist():
+            shard = int(self.shard[row])
+            if self._places[shard][0].is_local:
+                try:
+                    file = self._file(shard)
+                except OSError:
+                    return  # `pixels` tells it, with the key
+                os.posix_fadvise(file, int(self.offset[row]), int(self.size[row]), os.POSIX_FADV_WILLNEED)
 
     def pixels(self, row: int, size: int | None) -> np.ndarray:
         """The image of a row, uint8 RGB [H, W, 3]; resized to [size, size, 3] unless `size` is None.
@@ -101,22 +99,30 @@ class Source:
         decoded.
         """
         try:
-            pixels = decode(self._payload(row))
+            payload = self._payload(row)
+        except OSError as error:
+            raise self.unreadable(row, error) from None
+        return self.decoded(row, payload, size)
+
+    def decoded(self, row: int, payload: bytes, size: int | None) -> np.ndarray:
+        """As `pixels`, of the encoded image as it was read from the tar."""
+        try:
+            pixels = decode(payload)
             if int(pixel_sha256(pixels)[:HASH], 16) != self.hashes[row]:
                 raise ValueError(OTHER_PIXELS)
         except (OSError, SyntaxError, ValueError) as error:
-            where = f"{self.keys[row].as_py()} in {self.shards[self.shard[row]]}"
-            raise BuilderError(
-                f"the image {where} cannot be read: {error}", f"run `builder verify {self.name}`"
-            ) from None
+            raise self.unreadable(row, error) from None
         return pixels if size is None else resize(pixels, size)
+
+    def unreadable(self, row: int, why: object) -> BuilderError:
+        """The error that names the image of a row."""
+        where = f"{self.keys[row].as_py()} in {self.shards[self.shard[row]]}"
+        return BuilderError(f"the image {where} cannot be read: {why}", f"run `builder verify {self.name}`")
 
     def _payload(self, row: int) -> bytes:
         shard, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
-        if self.storage.is_local:
-            payload = os.pread(self._file(shard), size, offset)
-        else:
-            payload = self.storage.read(self.shards[shard], offset, size)
+        holder, path = self._places[shard]
+        payload = os.pread(self._file(shard), size, offset) if holder.is_local else holder.read(path, offset, size)
         if len(payload) != size:
             raise OSError(f"the tar ends {size - len(payload)} bytes too early")
         return payload
@@ -126,17 +132,10 @@ class Source:
         if shard not in self._files:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.storage.path(self.shards[shard]), os.O_RDONLY)
+            holder, path = self._places[shard]
+            self._files[shard] = os.open(holder.path(path), os.O_RDONLY)
         self._files.move_to_end(shard)
         return self._files[shard]
-
-
-def decode(payload: bytes) -> np.ndarray:
-    """The pixels of an encoded image: uint8 RGB [H, W, 3]. OSError, SyntaxError or ValueError when it is damaged."""
-    file = io.BytesIO(payload)
-    # Of PNG, which our shards hold, the kind needn't be guessed.
-    with PngImageFile(file) if payload.startswith(PNG) else Image.open(file) as image:
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _hashes(sha256: pa.ChunkedArray) -> np.ndarray:

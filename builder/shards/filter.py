@@ -13,10 +13,19 @@ from builder.errors import BuilderError
 from builder.shards.criteria import Criteria, Facts, Judgement, judge_facts
 from builder.shards.dataset import Dataset
 from builder.shards.schema import STAMP
-from builder.shards.writer import IMAGES_PER_SHARD, Sample, manifest_path, shard_name, write_manifest, write_shards
+from builder.shards.writer import (
+    IMAGES_PER_SHARD,
+    INDEXED,
+    Sample,
+    encode_png,
+    manifest_path,
+    shard_name,
+    write_manifest,
+    write_shards,
+)
 
 PLACE = ("shard", "offset", "size")
-HISTORY = ("inputs", "summary", "adopted_from")  # of dataset.json: how the source came to be, which is not the target's
+HISTORY = ("inputs", "summary", "adopted_from", "indexed_from")  # of dataset.json: of the source, not of the target
 
 
 def judge_dataset(dataset: Dataset, criteria: Criteria) -> Judgement:
@@ -149,7 +158,9 @@ def _write_view(judged: Iterable[tuple[int, pa.Table]], target: Dataset) -> None
 
 
 def _samples(judged: Iterable[tuple[int, pa.Table]], dataset: Dataset) -> Iterator[Sample]:
-    """The accepted images with their payloads, byte for byte."""
+    """The accepted images with their payloads, byte for byte; those of indexed tars in our codec, pixel for pixel."""
     for _, accepted in judged:
+        foreign = INDEXED.encode() in (accepted.schema.metadata or {})
         for row in accepted.to_pylist():
-            yield Sample({name: value for name, value in row.items() if name not in PLACE}, dataset.payload(row))
+            payload = encode_png(dataset.pixels(row)) if foreign else dataset.payload(row)
+            yield Sample({name: value for name, value in row.items() if name not in PLACE}, payload)

@@ -12,8 +12,9 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -63,7 +64,7 @@ def adopt(
         if dataset.info["state"] == "complete":
             return dataset
     dataset.clear()  # what a killed run left
-    info = _info(dataset.name, source, classes, origin)
+    info = foreign_info(dataset.name, classes, origin, {"adopted_from": source})
     try:
         dataset.write_info(info)
         count = _pack(source, dataset, classes, origin)
@@ -97,7 +98,8 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or "foreign"
 
 
-def _info(name: str, source: str, classes: ClassTable, origin: str) -> dict[str, object]:
+def foreign_info(name: str, classes: ClassTable, origin: str, come: Mapping[str, Any]) -> dict[str, Any]:
+    """dataset.json of what others made, of unknown lineage; `come` says from where, and what else decides the rows."""
     return {
         "name": name,
         "state": "partial",
@@ -106,12 +108,12 @@ def _info(name: str, source: str, classes: ClassTable, origin: str) -> dict[str,
         "classes": classes.to_json(),
         "count": 0,
         "config": {},
-        "fingerprint": fingerprint({"adopted_from": source, "classes": classes.to_json()}),
+        "fingerprint": fingerprint({**come, "classes": classes.to_json()}),
         "lineage": {"known": False, "key_fingerprint": None, "patients": []},
         "parent": None,
         "licence": {"base": None, "data": None},
         "versions": {"builder": __version__},
-        "adopted_from": source,
+        **come,
     }
 
 
@@ -149,22 +151,22 @@ def _tar(data: bytes, name: str, classes: ClassTable) -> Iterator[Found]:
     except (tarfile.TarError, EOFError, OSError) as error:
         raise BuilderError(f"{name} is not a readable tar: {error}", "fetch it again") from None
     for member in sorted(members):
-        stem, suffix = _split(member)
+        stem, suffix = split_name(member)
         if suffix.lower() in IMAGES:
             said = {end: members[stem + end] for end in (".cls", ".json", ".txt") if stem + end in members}
             where = f"{member} in {name}"
-            yield _code(said, classes, where), member, _decode(members[member], where)
+            yield class_code(said, classes, where), member, _decode(members[member], where)
 
 
-def _split(member: str) -> tuple[str, str]:
+def split_name(member: str) -> tuple[str, str]:
     """WebDataset's rule: the stem ends at the first dot of the last path part."""
     folder, slash, last = member.rpartition("/")
     stem, dot, rest = last.partition(".")
     return folder + slash + stem, dot + rest
 
 
-def _code(said: dict[str, bytes], classes: ClassTable, where: str) -> str:
-    """The phase code that the class members of an image say."""
+def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> str:
+    """The phase code that the class members of an image (.cls, .json, .txt) say; BuilderError when none does."""
     value: object = None
     try:
         if ".cls" in said:
@@ -172,7 +174,7 @@ def _code(said: dict[str, bytes], classes: ClassTable, where: str) -> str:
         elif ".json" in said:
             described = json.loads(said[".json"])
             value = described.get("phase", described.get("label"))
-        elif ".txt" in said:
+        if value is None and ".txt" in said:
             value = said[".txt"].decode().strip()
     except (ValueError, AttributeError) as error:
         raise BuilderError(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from builder.shards.dataset import Dataset
 
 HELD_OUT = ("val", "test")
@@ -58,8 +61,8 @@ def is_invented(lineage: Mapping[str, Any]) -> bool:
 def patients_of(real: Dataset, splits: Sequence[str]) -> set[Any]:
     """The keyed hashes of the patients in these splits; None among them where a sample has no patient."""
     table = real.table(("patient", "split"))
-    rows = zip(table["patient"].to_pylist(), table["split"].to_pylist(), strict=True)
-    return {patient for patient, split in rows if split in splits}
+    held = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string()))
+    return set(pc.unique(table["patient"].filter(held)).to_pylist())
 
 
 def first_few(patients: Sequence[str]) -> str:

@@ -44,4 +44,6 @@ def how_to_remake(dataset: Dataset) -> str:
         return f"{source}`builder rm {name}` and the `builder filter {info['parent']} --name {name} ...` that made it"
     if info.get("adopted_from"):
         return f"`builder rm {name}`, and adopt {info['adopted_from']} again"
+    if info.get("indexed_from"):
+        return f"`builder rm {name}` (their tars stay), and `builder index` with the options it was made with"
     return f"`builder rm {name}`, and `builder pack` with the options it was made with: it gives the same crops"

@@ -15,11 +15,18 @@ def _field(
 
 
 IDENTITY = [
-    _field("key", pa.string(), "unique across datasets: {dataset}-{phase}-{index:08d}", required=True),
+    _field(
+        "key",
+        pa.string(),
+        "unique across datasets: {dataset}-{phase}-{index:08d}; indexed: the sample's own",
+        required=True,
+    ),
     _field("phase", pa.string(), "code of the class", required=True),
     _field("label", pa.int32(), "index in the full class table of dataset.json", range="0..classes-1", required=True),
     _field("origin", pa.string(), "real or synthetic", required=True),
-    _field("shard", pa.string(), "tar that holds the image, relative to the output root", required=True),
+    _field(
+        "shard", pa.string(), "tar that holds the image, relative to the output root; elsewhere: in full", required=True
+    ),
     _field("offset", pa.int64(), "start of the image's payload in the tar", unit="byte", required=True),
     _field("size", pa.int64(), "length of the image's payload", unit="byte", required=True),
     _field("sha256", pa.string(), "of the decoded pixels, uint8 RGB in row order", required=True),

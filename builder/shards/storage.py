@@ -24,14 +24,19 @@ READERS = 16  # files read at once from an object store
 
 
 class Storage:
-    """One output root. Paths are relative to it, with '/'; a Storage travels to worker processes by its root."""
+    """One output root. Paths are relative to it, with '/'; a Storage travels to worker processes by its root.
+
+    What lies elsewhere (the tars of an indexed dataset) has a full path or URL, and can only be read: `read`, `stamp`
+    and `holder` understand it.
+    """
 
     def __init__(self, root: str | Path = ".") -> None:
         self.root = str(root)
         self._opened: tuple[int, fsspec.AbstractFileSystem, str] | None = None
+        self._elsewhere: dict[str, Storage] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_opened": None}
+        return {"root": self.root, "_opened": None, "_elsewhere": {}}
 
     def _located(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._opened is None or self._opened[0] != os.getpid():  # connections do not survive a fork
@@ -48,7 +53,24 @@ class Storage:
 
     def path(self, relative: str) -> str:
         """The full path of a file, as the file system (local: the operating system) knows it."""
-        return str(PurePosixPath(self._located()[1]) / relative)
+        root = self._located()[1]
+        return f"{root.rstrip('/')}/{relative}" if "://" in root else str(PurePosixPath(root) / relative)
+
+    def holder(self, path: str) -> tuple[Storage, str]:
+        """Who holds a file, and its path there: this root, or of a full path or URL the folder that it lies in."""
+        if not (path.startswith("/") or "://" in path):
+            return self, path
+        folder, _, name = path.rpartition("/")
+        if folder not in self._elsewhere:
+            self._elsewhere[folder] = Storage(f"{folder}/" if folder.endswith((":/", ":")) else folder or "/")
+        return self._elsewhere[folder], name
+
+    def address(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
+        """How a manifest names a file that `fs` knows as `path`: relative to this root, or in full if elsewhere."""
+        root = self._located()[1].rstrip("/")
+        if fs == self.fs and path.startswith(f"{root}/"):
+            return path[len(root) + 1 :]
+        return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
     def shown(self, relative: str) -> str:
         """A path as a user would write it: under the root, as that was given."""
@@ -70,17 +92,25 @@ class Storage:
         The second is an object store's checksum or version, or else the time of writing; one listing, nothing is read.
         """
         if self.is_local:
-            found = {}
-            for name in self.list(folder, suffix):
-                at = os.stat(self.path(f"{folder}/{name}"))
-                found[name] = at.st_size, f"{at.st_mtime_ns}-{at.st_ino}"  # the clock may stand between two writes
-            return found
+            return {name: _file_stamp(self.path(f"{folder}/{name}")) for name in self.list(folder, suffix)}
         entries = {PurePosixPath(entry["name"]).name: entry for entry in self._entries(folder)}
         return {
             name: (int(entry["size"]), _stamp(entry))
             for name, entry in sorted(entries.items())
             if name.endswith(suffix) and entry["type"] == "file" and not name.startswith(TEMPORARY)
         }
+
+    def stamp(self, path: str) -> tuple[int, str] | None:
+        """Of one file, here or elsewhere, as `stamps` has it; None when it is not there."""
+        holder, name = self.holder(path)
+        try:
+            if holder.is_local:
+                return _file_stamp(holder.path(name))
+            with explained(holder.root):
+                entry = holder.fs.info(holder.path(name))
+            return int(entry["size"]), _stamp(entry)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def _names(self, folder: str) -> Sequence[str]:
         if not self.is_local:
@@ -100,6 +130,9 @@ class Storage:
 
     def read(self, relative: str, offset: int = 0, size: int | None = None) -> bytes:
         """The bytes of a file, or of the range [offset, offset + size)."""
+        holder, relative = self.holder(relative)
+        if holder is not self:
+            return holder.read(relative, offset, size)
         if not self.is_local:
             with explained(self.root):
                 end = None if size is None else offset + size
@@ -231,6 +264,18 @@ class Storage:
                     with suppress(FileNotFoundError):
                         self.fs.call_s3("abort_multipart_upload", **place)
 
+    def require_writable(self) -> None:
+        """BuilderError when nothing can be written under the root: to be asked before long work, not after it."""
+        probe = f"manifests/{TEMPORARY}{os.getpid()}"
+        try:
+            self.write(probe, b"?")
+            self.remove(probe)
+        except OSError as error:
+            raise BuilderError(
+                f"{self.root} cannot be written to: {error.strerror or error}",
+                "make room, mend the permissions, or choose another --out",
+            ) from None
+
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
         if not self.exists(relative):
@@ -242,6 +287,11 @@ class Storage:
             self.fs.rm(self.path(relative), recursive=True)
         if self.exists(relative):  # s3fs passes over objects that were not deleted
             raise BuilderError(f"{self.shown(relative)} was not removed", "check that you may delete there; try again")
+
+
+def _file_stamp(path: str) -> tuple[int, str]:
+    at = os.stat(path)
+    return at.st_size, f"{at.st_mtime_ns}-{at.st_ino}"  # the clock may stand between two writes
 
 
 def _stamp(entry: dict[str, Any]) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from builder.errors import BuilderError
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import Dataset, decode
 from builder.shards.index import Stamps
 from builder.shards.schema import member_json
-from builder.shards.writer import manifest_path, pixel_sha256, tar_path
+from builder.shards.sequential import PIECE, Sequential
+from builder.shards.writer import INDEXED, manifest_path, pixel_sha256, tar_path
 
 FAST = ("key", "phase", "label", "shard", "offset", "size")  # columns that a look without the tars needs
 
@@ -51,13 +51,14 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
 
     Checked: dataset.json and its lineage; each manifest against its tar (hash, members, place and pixels of every
     image, label file, JSON); labels against the class table; keys unique; the plan without a gap; the count.
-    fast: manifests are read, and of tars only their sizes.
+    fast: manifests are read, and of tars only their sizes. A dataset that a job works on meanwhile is taken as partial.
     """
+    info = dataset.info
     report = Report(general=_verify_info(dataset))
     numbers = dataset.shard_numbers()
     manifests = dataset.storage.read_many([manifest_path(dataset.name, number) for number in numbers])
     sizes = _Sizes(dataset)
-    keys, ranges = _Keys(), []
+    keys, ranges = Keys(), []
     for number, manifest in zip(numbers, manifests, strict=True):
         try:
             table = dataset.parse(number, manifest, FAST if fast else None)
@@ -71,7 +72,7 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
             report.found(number, _verify_sizes(number, rows, metadata, sizes))
             report.found(number, [f"{row['key']}: {said}" for row in rows for said in _verify_label(dataset, row)])
         else:
-            report.found(number, _verify_shard(dataset, number, rows, metadata.get("tar_sha256")))
+            report.found(number, _verify_shard(dataset, number, rows, metadata))
         keys.add(number, table["key"])
         if {"start", "stop"} <= metadata.keys():
             ranges.append((int(metadata["start"]), int(metadata["stop"])))
@@ -79,8 +80,8 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
         on_shard()
     for key, (first, second) in keys.doubled(dataset):
         report.found(second, [f"{key}: stands in shard {first} and in shard {second}"])
-    info = dataset.info
-    complete, recorded = info.get("state") == "complete", info.get("count")
+    # Completed or extended in the meantime: the manifests that were read are of neither state.
+    complete, recorded = info.get("state") == "complete" and dataset.info == info, info.get("count")
     report.general += _gaps(ranges, complete) if not info.get("parent") else []
     if complete and recorded != report.images:
         report.general.append(f"dataset.json counts {recorded} images, the manifests {report.images}")
@@ -103,7 +104,7 @@ def _verify_info(dataset: Dataset) -> list[str]:
     return findings
 
 
-class _Keys:
+class Keys:
     """Which keys stand in two places: 8 bytes of memory an image, for a hash of each key."""
 
     def __init__(self) -> None:
@@ -143,6 +144,9 @@ class _Sizes:
 
     def of(self, path: str) -> int | None:
         """In bytes; None when there is no such tar."""
+        if not path.startswith("shards/"):  # of others, wherever it lies and whatever it is called
+            stamp = self._dataset.storage.stamp(path)
+            return None if stamp is None else stamp[0]
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = self._dataset.storage.stamps(folder, ".tar")
@@ -183,22 +187,49 @@ def _gaps(ranges: list[tuple[int, int]], complete: bool) -> list[str]:
     return findings
 
 
-def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]], tar_sha256: str | None) -> list[str]:
+def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]], metadata: dict[str, str]) -> list[str]:
     """Findings of one manifest; in a view its rows may point into several tars of the parent."""
     findings = []
     by_tar = defaultdict(list)
     for row in rows:
         by_tar[row["shard"]].append(row)
     for path, tar_rows in by_tar.items():
+        if INDEXED in metadata:
+            findings += _verify_indexed(dataset, number, path, tar_rows, metadata)
+            continue
         try:
             data = dataset.storage.read(path)
         except FileNotFoundError:
             findings.append(f"{path}: missing, though manifest {number} names it")
             continue
-        if hashlib.sha256(data).hexdigest() != tar_sha256:
-            findings.append(f"{path}: its SHA-256 is not the one that manifest {number} names")
+        if hashlib.sha256(data).hexdigest() != metadata.get("tar_sha256"):
+            findings.append(_other_bytes(path, number))
         findings += _verify_members(path, data, tar_rows, whole=path == tar_path(dataset.name, number))
-        findings += [f"{row['key']}: {said}" for row in tar_rows for said in _verify_row(dataset, row, data)]
+        for row in tar_rows:
+            payload = data[row["offset"] : row["offset"] + row["size"]]
+            findings += [f"{row['key']}: {said}" for said in _verify_row(dataset, row, payload)]
+    return findings
+
+
+def _other_bytes(path: str, number: int) -> str:
+    return f"{path}: its SHA-256 is not the one that manifest {number} names"
+
+
+def _verify_indexed(
+    dataset: Dataset, number: int, path: str, rows: list[dict[str, Any]], metadata: dict[str, str]
+) -> list[str]:
+    """Findings of a tar of others, which may be large: it is hashed in pieces, and each image is looked up."""
+    storage, digest = dataset.storage, hashlib.sha256()
+    stamp = storage.stamp(path)
+    if stamp is None:
+        return [f"{path}: missing, though manifest {number} names it"]
+    with Sequential(storage, path, 0, stamp[0]) as stream:
+        while piece := stream.read(PIECE):
+            digest.update(piece)
+    findings = [] if digest.hexdigest() == metadata.get("tar_sha256") else [_other_bytes(path, number)]
+    for row in rows:
+        payload = storage.read(path, row["offset"], row["size"])
+        findings += [f"{row['key']}: {said}" for said in _verify_row(dataset, row, payload)]
     return findings
 
 
@@ -246,12 +277,10 @@ def _describes(text: bytes, row: dict[str, Any]) -> bool:
     )
 
 
-def _verify_row(dataset: Dataset, row: dict[str, Any], tar: bytes) -> list[str]:
-    payload = tar[row["offset"] : row["offset"] + row["size"]]
+def _verify_row(dataset: Dataset, row: dict[str, Any], payload: bytes) -> list[str]:
     findings = []
     try:
-        with Image.open(io.BytesIO(payload)) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = decode(payload)
     except (OSError, SyntaxError, ValueError) as error:
         return [f"the image at its place in {row['shard']} cannot be read ({error})"]
     if pixel_sha256(pixels) != row["sha256"]:

@@ -24,6 +24,7 @@ from builder.shards.storage import Storage
 
 IMAGES_PER_SHARD = 200  # of datasets that no config says it of
 PNG_LEVEL = 6  # of zlib; part of the bytes, so fixed
+INDEXED = "indexed"  # in a manifest's schema metadata: the tar of others that it lists, in place (see shards.inplace)
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _tar(samples: Sequence[Sample], path: str) -> tuple[bytes, list[dict[str, An
     """The tar's bytes (equal samples give equal bytes: mtime 0, no owner) and the rows completed with their place."""
     buffer = io.BytesIO()
     rows = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:  # of keys up to 100 bytes: ustar
         for sample in samples:
             row = sample.row
             described = json.dumps(member_json(row), sort_keys=True).encode()

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from builder.mixing.sources import decode
+from builder.shards.dataset import decode
 
 Place = tuple[Path, float, int, int]  # folder, ratio, batch size, workers
 BUFFER = 1000  # samples of a webdataset's shuffle buffer

@@ -1,0 +1,178 @@
+"""From the datasets that are named to sources and a schedule: opened, checked against each other, and shared out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from builder.errors import BuilderError
+from builder.mixing.guards import check_lineage, check_sizes, class_weights, resolve
+from builder.mixing.mix import Mix
+from builder.mixing.ratio import RatioSchedule, batch_of, ratio_of
+from builder.mixing.schedule import InOrder, Stream
+from builder.mixing.sources import Source
+from builder.phases import ClassTable
+from builder.shards.dataset import Dataset
+
+Reference = str | Path | Dataset
+DEFAULT_RATIO = 0.25
+
+
+@dataclass
+class Wish:
+    """What is to be mixed, as `MixedLoader` was told."""
+
+    real: Reference | None
+    synthetic: Reference | Sequence[Reference] | None
+    ratio: float | Mapping[int, float] | None
+    ratio_unit: str
+    counts: Sequence[int] | None
+    weights: Sequence[float] | None
+    batch_size: int
+    size: int | None
+    out: str
+    split: str
+    classes: str
+    epoch: str | int
+    exhausted: str
+    seed: int
+    world: int
+    allow_leak: str | None
+    partial: bool
+
+    @property
+    def listed(self) -> list[Reference]:
+        if self.synthetic is None:
+            return []
+        return [self.synthetic] if isinstance(self.synthetic, str | Path | Dataset) else list(self.synthetic)
+
+
+@dataclass
+class Mixture:
+    """What came of a wish: sources (0: real, None without it; then the synthetic ones), and how they are shared out."""
+
+    sources: list[Source | None]
+    schedule: Mix | InOrder
+    ratio: RatioSchedule
+    batch_size: int
+    classes: ClassTable
+
+    @property
+    def drawn(self) -> list[Source]:
+        """The sources that are read."""
+        if isinstance(self.schedule, InOrder):
+            return [source for source in self.sources if source]
+        return [s for s, stream in zip(self.sources, self.schedule.streams, strict=True) if s and stream]
+
+
+def mixture(wish: Wish) -> Mixture:
+    """Open and check what is to be mixed. BuilderError: what cannot be mixed, and why."""
+    batch_size, weights, ratio = _shares(wish)
+    datasets = _datasets(wish, ratio)
+    classes = _one_class_table([dataset for dataset in datasets if dataset])
+    sources = [None if d is None else Source(d, None if n else wish.split) for n, d in enumerate(datasets)]
+    if wish.split != "train":
+        schedule: Mix | InOrder = InOrder(len(sources[0] or ()))
+    else:
+        schedule = _mix(wish, sources, ratio, weights, batch_size, classes)
+    mixed = Mixture(sources, schedule, ratio, batch_size, classes)
+    if wish.size is None:
+        check_sizes(mixed.drawn)
+    return mixed
+
+
+def _shares(wish: Wish) -> tuple[int, Sequence[float] | None, RatioSchedule]:
+    """Batch size, weights of the synthetic datasets and ratio, by `counts` or by `ratio`."""
+    listed, batch_size, weights, share = wish.listed, wish.batch_size, wish.weights, wish.ratio
+    if wish.split != "train":
+        if share or listed or wish.counts:
+            raise BuilderError(
+                f"the {wish.split} split is never mixed with synthetic data", "leave out synthetic, ratio and counts"
+            )
+        if wish.real is None:
+            raise BuilderError(f"no real dataset is given for the {wish.split} split", "pass real=...")
+    if wish.counts is not None:
+        if share is not None or weights is not None:
+            raise BuilderError("counts are given beside ratio or weights", "counts alone say them all")
+        if len(wish.counts) != 1 + len(listed):
+            raise BuilderError(
+                f"{len(wish.counts)} counts are given for one real and {len(listed)} synthetic datasets",
+                "give one each, real first",
+            )
+        batch_size, share, weights = batch_of(tuple(wish.counts))
+    ratio = ratio_of(share, wish.ratio_unit, DEFAULT_RATIO, real=wish.real is not None, synthetic=bool(listed))
+    if weights is not None and len(weights) != len(listed):
+        raise BuilderError(f"{len(weights)} weights are given for {len(listed)} synthetic datasets", "give one each")
+    return batch_size, weights, ratio
+
+
+def _datasets(wish: Wish, ratio: RatioSchedule) -> list[Dataset | None]:
+    """The real dataset (or None) and the synthetic ones; these are not opened where none is ever drawn."""
+    real = None if wish.real is None else resolve(wish.real, "real", wish.out, wish.partial)
+    listed = wish.listed if max(ratio.shares) else []
+    others = [resolve(reference, "synthetic", wish.out, wish.partial) for reference in listed]
+    for other in others:
+        if real is None:
+            warnings.warn(
+                f"no real dataset is given: the lineage of '{other.name}' is not checked against anything",
+                stacklevel=4,
+            )
+        else:
+            check_lineage(other, real, wish.allow_leak)
+    return [real, *others]
+
+
+def _one_class_table(datasets: Sequence[Dataset]) -> ClassTable:
+    first, *others = datasets
+    for other in others:
+        first.classes.require_same(other.classes, f"'{first.name}'", f"'{other.name}'")
+    return first.classes
+
+
+def _mix(
+    wish: Wish,
+    sources: Sequence[Source | None],
+    ratio: RatioSchedule,
+    weights: Sequence[float] | None,
+    batch_size: int,
+    classes: ClassTable,
+) -> Mix:
+    real, *others = sources
+    streams: list[Stream | None] = []
+    for number, source in enumerate(sources):
+        if source is None or (number == 0 and min(ratio.shares) == 1):
+            streams.append(None)
+            continue
+        shares = class_weights(wish.classes, source, real, classes)
+        streams.append(Stream(source.members(len(classes)), shares, (wish.seed, number)))
+    mix = Mix(
+        streams[0],
+        [stream for stream in streams[1:] if stream],
+        [float(len(source)) for source in others if source] if weights is None else weights,
+        ratio,
+        None if wish.epoch == "real" else int(wish.epoch),
+        wish.seed,
+        stride=wish.world * batch_size,
+        stop=wish.exhausted == "stop",
+    )
+    _refuse_what_is_never_drawn(mix, sources)
+    return mix
+
+
+def _refuse_what_is_never_drawn(mix: Mix, sources: Sequence[Source | None]) -> None:
+    """BuilderError for a source of which no epoch draws any, as far as the ratio changes."""
+    plans = [mix.epoch(0)]
+    while not mix.ratio.is_settled(plans[-1].number, plans[-1].step):
+        plans.append(mix.epoch(plans[-1].number + 1))
+    totals = np.sum([plan.drawn for plan in plans], axis=0)
+    for source, stream, drawn in zip(sources, mix.streams, totals, strict=True):
+        if source and stream and not drawn:
+            raise BuilderError(
+                f"at ratio {max(mix.ratio.shares):g}, an epoch of {plans[-1].length} samples has room for none of "
+                f"'{source.name}'",
+                "give a longer epoch (epoch=SAMPLES), or another ratio",
+            )

@@ -1,0 +1,367 @@
+"""WebDataset tars of others become a dataset where they lie: manifests that point into them, and no copy.
+
+One tar, one manifest, written when the tar is read to its end; so an interrupted index goes on, tars that came since
+are added, and tars that changed are read again. The images stay in their own codec (png, jpg, webp), undecoded bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import braceexpand
+import pyarrow.compute as pc
+from PIL import Image
+
+from builder.config import fingerprint
+from builder.errors import BuilderError
+from builder.phases import ClassTable
+from builder.shards.dataset import Dataset, decode
+from builder.shards.foreign import IMAGES, class_code, foreign_info, split_name
+from builder.shards.lock import exclusive
+from builder.shards.schema import to_table
+from builder.shards.sequential import Sequential
+from builder.shards.storage import READERS, Storage
+from builder.shards.stores import connect, explained
+from builder.shards.verify import Keys
+from builder.shards.writer import INDEXED, image_row, manifest_path, write_manifest
+
+SAYS = (".cls", ".json", ".txt")  # members that say something of the image of the same stem
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PATIENT = ("patient", "patient_id", "group")  # in a .json; the first that is there
+OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already
+EXIF_ORIENTATION = 0x0112
+
+
+class PatientKey(Protocol):
+    """The site's secret, as crops.patients has it."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def hash(self, patient: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the tars do not say themselves.
+
+    split: of samples whose .json names none; None: they have none. find_key: the key that patients are hashed with,
+    asked for when the first patient is met.
+    """
+
+    classes: ClassTable
+    origin: str
+    split: str | None
+    find_key: Callable[[], PatientKey]
+    licence: str = "not stated"
+
+
+@dataclass
+class Summary:
+    """What an index came to."""
+
+    images: int = 0
+    tars: int = 0
+    read: int = 0  # of these, tars that this run read
+    turned: int = 0  # images of these that EXIF would have turned
+    without: dict[str, int] = field(default_factory=lambda: {"split": 0, "patient": 0})
+
+
+Progress = Callable[[Sequence[str]], Iterable[str]]
+
+
+def index_tars(urls: Sequence[str], dataset: Dataset, description: Description, progress: Progress = iter) -> Summary:
+    """Make or bring up to date `dataset`, whose manifests point into the tars at `urls`.
+
+    `urls`: paths or fsspec URLs, with braces ({000..099}) or globs; of a folder, all *.tar in it. An image's key is the
+    name of its sample, which must be unique over all tars; its class is said by a .cls, .json or .txt member (as in
+    shards.foreign), its split and patient by the .json. What was indexed before and has not changed is not read again.
+
+    Raises:
+        BuilderError: no tars or images; a tar that is cut short or damaged, a sample without class, two of one key
+            (naming tar and member); a patient in two splits; a name that is taken. What was indexed stays, partial.
+    """
+    tars = find_tars(urls, dataset.storage)
+    inside = f"shards/{dataset.name}/"
+    if any(tar.startswith(inside) for tar in tars):
+        raise BuilderError(
+            f"the tars lie in {dataset.storage.shown(inside)}, where the dataset '{dataset.name}' would have its own",
+            "choose another --name: `builder rm` would remove them",
+        )
+    with exclusive(dataset):
+        info = _continued(dataset, _info(urls, dataset, description))
+        waiting = _not_indexed(dataset, tars)
+        summary = Summary(tars=len(tars), read=len(waiting))
+        if waiting or not dataset.exists() or dataset.info["state"] != "complete":
+            dataset.write_info(info)
+            for tar in progress(list(waiting)):
+                rows, metadata, turned = read_tar(dataset.storage, tar, description)
+                path = manifest_path(dataset.name, waiting[tar])
+                write_manifest(dataset.storage, path, to_table(rows, metadata))
+                summary.turned += turned
+        _check(dataset, summary)
+        lineage = _lineage(dataset, summary, description.origin)
+        dataset.write_info({**info, "state": "complete", "count": summary.images, "lineage": lineage})
+    return summary
+
+
+# -- which tars -------------------------------------------------------------------------------------------------------
+
+
+def find_tars(urls: Sequence[str], storage: Storage) -> list[str]:
+    """The tars that `urls` mean, as manifests name them (see Storage.address), in order, each once.
+
+    BuilderError for one that means none.
+    """
+    found: dict[str, None] = {}
+    for url in urls:
+        try:
+            expanded = list(braceexpand.braceexpand(url))
+        except ValueError as error:
+            raise BuilderError(f"'{url}' cannot be expanded: {error}", "close its braces, or quote it") from None
+        for one in expanded:
+            found.update(dict.fromkeys(_expand(one, storage)))
+    return list(found)
+
+
+def _expand(url: str, storage: Storage) -> list[str]:
+    fs, path = connect(url)
+    with explained(url):
+        if fs.isfile(path):
+            matches = [path]
+        else:
+            matches = sorted(fs.glob(f"{path.rstrip('/')}/*.tar" if fs.isdir(path) else path))
+    if not matches:
+        raise BuilderError(f"there are no tars at {url}", "check the path or the pattern")
+    return [storage.address(fs, str(match)) for match in matches]
+
+
+def _not_indexed(dataset: Dataset, tars: Sequence[str]) -> dict[str, int]:
+    """The tars to read, each with the number of its manifest: new ones, and those that changed since."""
+    numbers, stamps = {}, {}
+    for number, metadata in dataset.metadatas():
+        tar = metadata[INDEXED]
+        numbers[tar], stamps[tar] = number, (int(metadata["tar_bytes"]), metadata["tar_stamp"])
+    gone = sorted(numbers.keys() - set(tars))
+    if gone:
+        raise BuilderError(
+            f"{gone[0]} was indexed as part of '{dataset.name}', and is not among the tars any more",
+            f"`builder rm {dataset.name}`, and index what there is; no tar is removed by that",
+        )
+    with ThreadPoolExecutor(READERS) as pool:
+        now = dict(zip(numbers, pool.map(dataset.storage.stamp, numbers), strict=True))
+    free = max(numbers.values(), default=-1) + 1
+    for tar in tars:
+        if tar not in numbers:
+            numbers[tar], free = free, free + 1
+    return {tar: numbers[tar] for tar in tars if tar not in now or now[tar] != stamps[tar]}
+
+
+def _info(urls: Sequence[str], dataset: Dataset, description: Description) -> dict[str, Any]:
+    info = foreign_info(dataset.name, description.classes, description.origin, {"indexed_from": list(urls)})
+    decides = {"classes": info["classes"], "origin": description.origin, "split": description.split}
+    licence = {"base": None, "data": description.licence}
+    return {**info, "fingerprint": fingerprint(decides), "config": {"split": description.split}, "licence": licence}
+
+
+def _continued(dataset: Dataset, info: dict[str, Any]) -> dict[str, Any]:
+    """The dataset.json to go on with; BuilderError when the name is taken by anything but this."""
+    if not dataset.exists():
+        return info
+    before = dataset.info
+    mine = "indexed_from" in before and not before.get("parent")
+    if mine and before["fingerprint"] == info["fingerprint"]:
+        return {**before, **info, "created": before["created"]}  # what else it has, of scores, stays
+    if mine and not dataset.shard_numbers():  # a first try that failed before any tar was read to its end
+        return info
+    raise BuilderError(
+        f"dataset '{dataset.name}' exists, and was made with other classes, origin or split, or not by index",
+        f"choose another --name, or `builder rm {dataset.name}` first",
+    )
+
+
+# -- one tar ----------------------------------------------------------------------------------------------------------
+
+
+def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list[dict[str, Any]], dict[str, str], int]:
+    """Rows of a tar's images in order, the metadata of their manifest, and how many of them EXIF would turn.
+
+    The tar is read once, forwards. BuilderError as `index_tars`.
+    """
+    stamp = storage.stamp(tar)
+    if stamp is None:
+        raise BuilderError(f"there is no tar {tar} any more", "check the path or the pattern")
+    with _Hashing(Sequential(storage, tar, 0, stamp[0])) as stream:
+        found, said, turned = _members(stream, storage, tar)
+        digest = stream.finish()
+    if not found:
+        raise BuilderError(f"{tar} holds no images", f"expected members that end in {', '.join(IMAGES)}")
+    rows = [_described(row, said[key], tar, description) for key, row in found.items()]
+    metadata = {"tar_sha256": digest, "tar_bytes": str(stamp[0]), "tar_stamp": stamp[1], INDEXED: tar}
+    if any(row["patient"] for row in rows):
+        metadata["patient_key"] = _fingerprint(said.values(), description)
+    return rows, metadata, turned
+
+
+def _members(
+    stream: io.RawIOBase, storage: Storage, tar: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, bytes]], int]:
+    """By key: what the pixels say of each image; what members beside it say. And how many images EXIF would turn."""
+    found: dict[str, dict[str, Any]] = {}
+    said: dict[str, dict[str, bytes]] = defaultdict(dict)
+    turned, name = 0, "its first member"
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+                key, suffix = split_name(member.name)
+                kind = suffix.lower()
+                if not member.isreg() or key.endswith("/") or not key or kind not in IMAGES + SAYS:
+                    continue
+                name = member.name
+                payload = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if kind in SAYS:
+                    said[key][kind] = payload
+                    continue
+                if key in found:
+                    raise BuilderError(
+                        f"{tar} has two images of the sample '{key}': {found[key]['source']} and {name}",
+                        "rename one of them",
+                    )
+                image, is_turned = _image(key, payload, f"{name} in {tar}")
+                place = {"shard": tar, "offset": member.offset_data, "size": member.size, "source": name}
+                found[key] = {**image, **place}
+                turned += is_turned
+            end = archive.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise BuilderError(
+            f"{tar} cannot be read from {name} on: {error}",
+            "fetch it again; a compressed tar can't be read in place, unpack it to .tar",
+        ) from None
+    if storage.read(tar, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile just ends at a bad header
+        raise BuilderError(f"{tar} is cut short or damaged after {name}", "fetch it again")
+    return found, said, turned
+
+
+def _image(key: str, payload: bytes, where: str) -> tuple[dict[str, Any], bool]:
+    """The columns that the pixels give, and whether EXIF asks to turn them (which no reader of tars does)."""
+    try:
+        pixels = decode(payload)
+        with Image.open(io.BytesIO(payload)) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BuilderError(f"the image {where} cannot be read: {error}", "replace it or take it out") from None
+    return image_row(key, "", 0, "", pixels), turned
+
+
+def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, description: Description) -> dict[str, Any]:
+    """The row with what the members beside the image say of it."""
+    where = f"{row['source']} in {tar}"
+    phase = class_code(said, description.classes, where)
+    told = _json(said, where)
+    origin = told.get("origin", description.origin)
+    if origin in ("real", "synthetic") and origin != description.origin:
+        raise BuilderError(f"{where} says that it is {origin}", f"give --origin {origin}")
+    split = told.get("split", description.split)
+    if split is not None and str(split).lower() not in SPLITS:
+        raise BuilderError(f"{where} is of the split {split!r}", f"the splits are {', '.join(SPLITS)}")
+    patient = _patient(told)
+    if patient is not None and not told.keys() >= OURS:
+        patient = description.find_key().hash(patient)
+    return {
+        **row, "phase": phase, "label": description.classes.label(phase), "origin": description.origin,
+        "split": None if split is None else SPLITS[str(split).lower()], "patient": patient,
+    }  # fmt: skip
+
+
+def _json(said: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """What the .json member says; nothing where there is none, or it is no table."""
+    try:
+        told = json.loads(said.get(".json", b"{}"))
+    except ValueError as error:
+        raise BuilderError(f"the .json beside {where} cannot be read: {error}", "mend it or take it out") from None
+    return told if isinstance(told, dict) else {}
+
+
+def _patient(told: Mapping[str, Any]) -> str | None:
+    named = (told[name] for name in PATIENT if told.get(name) not in (None, ""))
+    return next((str(patient) for patient in named), None)
+
+
+def _fingerprint(said: Iterable[Mapping[str, bytes]], description: Description) -> str:
+    """Of the key that a tar's patients were hashed with; 'unknown' where a member of ours brought one hashed before."""
+    ours = any(told.keys() >= OURS and _patient(told) for told in (_json(members, "") for members in said))
+    return "unknown" if ours else description.find_key().fingerprint
+
+
+class _Hashing(io.RawIOBase):
+    """A stream that is hashed as it is read."""
+
+    def __init__(self, stream: io.RawIOBase) -> None:
+        self._stream, self._digest = stream, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def finish(self) -> str:
+        """SHA-256 of the whole, of which the rest is read."""
+        while self.read(1 << 20):
+            pass
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def _check(dataset: Dataset, summary: Summary) -> None:
+    """What only all tars together show: a key that stands twice, a patient in two splits. Counts into the summary."""
+    keys = Keys()
+    for number, table in dataset.tables(("key", "split", "patient")):
+        keys.add(number, table["key"])
+        summary.images += table.num_rows
+        for name in summary.without:
+            summary.without[name] += table[name].null_count
+    for key, (first, second) in keys.doubled(dataset):
+        tars = " and ".join(dataset.shard_metadata(number)[INDEXED] for number in (first, second))
+        raise BuilderError(
+            f"the sample '{key}' stands in {tars}",
+            "rename it in one of them, or index these tars as datasets of their own (--name)",
+        )
+    pairs = dataset.table(("patient", "split")).filter(pc.field("patient").is_valid())
+    places = pairs.group_by("patient").aggregate([("split", "count_distinct")])
+    astray = places.filter(pc.greater(places["split_count_distinct"], 1))["patient"].to_pylist()
+    if astray:
+        raise BuilderError(
+            f"{len(astray)} patients stand in more than one split, such as {min(astray)} (its keyed hash)",
+            "mend `split` in their .json members: a classifier would be judged on patients that it learnt from",
+        )
+
+
+def _lineage(dataset: Dataset, summary: Summary, origin: str) -> dict[str, Any]:
+    """As dataset.json has it: known of real images that all have a patient, hashed with one known key."""
+    keys = {metadata["patient_key"] for _, metadata in dataset.metadatas() if "patient_key" in metadata}
+    if len(keys) > 1:
+        raise BuilderError(
+            f"the patients of '{dataset.name}' were hashed with different keys: {', '.join(sorted(keys))}",
+            f"`builder rm {dataset.name}`, and index the tars with one key (--key-file)",
+        )
+    key = next(iter(keys - {"unknown"}), None)
+    known = origin == "real" and key is not None and not summary.without["patient"]
+    return {"known": known, "key_fingerprint": key, "patients": []}
