@@ -109,16 +109,19 @@ def _make(root: Path, name: str, rows: int) -> Dataset:
     if dataset.exists():
         return dataset
     (root / f"shards/{name}").mkdir(parents=True, exist_ok=True)
-    first = table_of(np.random.default_rng(0), PER_SHARD)
+    generator = np.random.default_rng(0)
+    first = table_of(generator, PER_SHARD)
     fixed = {
         "origin": [name] * PER_SHARD, "width": [8] * PER_SHARD, "height": [8] * PER_SHARD,
         "split": ["train" if name == "real" else None] * PER_SHARD,
     }  # fmt: skip
     for start in tqdm(range(0, rows, PER_SHARD), f"made-up manifests, {name}"):
         number, places = start // PER_SHARD, range(start, min(start + PER_SHARD, rows))
-        codes = [HEALING_PHASES.codes[label] for label in first["label"].to_pylist()]
+        labels = generator.integers(0, len(HEALING_PHASES), PER_SHARD).tolist()  # so quotas repeat only after all rows
+        codes = [HEALING_PHASES.codes[label] for label in labels]
         changed = {
             **fixed,
+            "label": labels, "phase": codes, "patient": [f"{place // 10:032x}" for place in places],
             "key": [f"{name}-{code}-{place:08d}" for code, place in zip(codes, places, strict=False)],
             "shard": [tar_path(name, number)] * PER_SHARD,
             "sha256": [hashlib.sha256(_pixels(name, place)).hexdigest() for place in places],
