@@ -175,6 +175,100 @@ def test_where_steps_matter_another_batch_size_is_refused(pair: Path) -> None:
             MixedLoader("real", "synth", **{**arguments, "batch_size": 4}).load_state_dict(state)
 
 
+# -- over epochs and ranks -----------------------------------------------------------------------
+
+
+def test_the_quotas_of_synthetic_sources_run_on_from_epoch_to_epoch(pair: Path) -> None:
+    loader = MixedLoader("real", ["synth", "other"], ratio=0.1, weights=[3, 1], batch_size=4, out=str(pair))
+    drawn = np.sum([[part["drawn"] for part in loader.composition(epoch)] for epoch in range(100)], axis=0)
+    assert abs(drawn[1] - 3 * drawn[2]) <= 3
+
+
+def test_no_rank_is_left_with_the_same_few_classes(pair: Path) -> None:
+    arguments = {"ratio": 0.75, "classes": "balance", "batch_size": 4, "out": str(pair)}
+    for rank in range(3):
+        loader = MixedLoader("real", "synth", rank=rank, world=3, **arguments)
+        keys = [key for epoch in range(4) for batch in epoch_keys(loader, epoch) for key in batch]
+        classes = Counter(key.split("-")[1] for key in keys if key.startswith("real"))
+        assert set(classes) == set(CODES)
+        assert max(classes.values()) < 0.7 * classes.total()
+
+
+def test_numbers_of_numpy_are_numbers(pair: Path) -> None:
+    plain = MixedLoader("real", "synth", ratio=0.25, seed=5, epoch=24, out=str(pair))
+    arguments = {"ratio": np.float32(0.25), "seed": np.int64(5), "epoch": np.int32(24)}
+    loader = MixedLoader("real", "synth", out=str(pair), **arguments)  # type: ignore[arg-type]
+    loader.set_epoch(np.int64(3))  # type: ignore[arg-type]
+    assert loader.keys(0) == plain.keys(0, 3)
+    assert json.loads(json.dumps(loader.state_dict()))["epoch"] == 3
+    counted = MixedLoader("real", "synth", counts=np.array([6, 2]), out=str(pair))  # type: ignore[arg-type]
+    assert counted.batch_size == 8
+    for wrong in (-1, "1", 1.5):
+        with pytest.raises(BuilderError, match="epoch is "):
+            loader.set_epoch(wrong)  # type: ignore[arg-type]
+
+
+def test_a_state_of_other_weights_or_images_is_refused(pair: Path, tmp_path: Path) -> None:
+    arguments = {"ratio": {0: 0.0, 1: 0.5}, "out": str(pair)}
+    state = MixedLoader("real", ["synth", "other"], weights=[3, 1], **arguments).state_dict()
+    with pytest.raises(BuilderError, match=r"the saved state is of weights \[3, 1\], this loader of \[1, 3\]"):
+        MixedLoader("real", ["synth", "other"], weights=[1, 3], **arguments).load_state_dict(state)
+    make(tmp_path, "real", {"I": 24, "P": 12, "R": 4})  # as many
+    with pytest.raises(BuilderError, match="the saved state is of sources"):
+        MixedLoader("real", out=str(tmp_path)).load_state_dict(MixedLoader("real", out=str(pair)).state_dict())
+
+
+def test_a_loader_made_before_the_process_group_says_so(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = MixedLoader("real", out=str(pair))
+    told = MixedLoader("real", out=str(pair), rank=0, world=1)
+    monkeypatch.setattr("builder.mixing.loader.group_place", lambda: (1, 2))
+    with pytest.raises(BuilderError, match="was made as rank 0 of 1, the process group has rank 1 of 2"):
+        next(iter(loader))
+    next(iter(told))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BuilderError, match="the environment has WORLD_SIZE, but no RANK"):
+        MixedLoader("real", out=str(pair))
+    with pytest.raises(BuilderError, match="rank is 1 and world is None"):
+        MixedLoader("real", out=str(pair), rank=1)
+
+
+def test_random_numbers_of_workers_differ_by_seed_and_rank(pair: Path) -> None:
+    drawn = []
+    for seed, rank in ((0, 0), (0, 0), (1, 0), (0, 1)):
+        loader = MixedLoader(
+            "real", out=str(pair), seed=seed, rank=rank, world=2, batch_size=2, workers=1, transform=noise
+        )
+        drawn.append(next(iter(loader))[0][0, 0, 0, 0].item())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def noise(image: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(image, int(np.random.randint(256)))
+
+
+def test_two_datasets_of_one_name_and_other_sizes_are_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", "synth", dict.fromkeys(CODES, 3), origin="synthetic", sizes=(12,))
+    make(tmp_path / "b", "synth", dict.fromkeys(CODES, 3), origin="synthetic", sizes=(9,))
+    make(tmp_path, "real", dict.fromkeys(CODES, 3))
+    with pytest.raises(BuilderError, match="differ in size"):
+        MixedLoader("real", [str(tmp_path / "a/shards/synth"), str(tmp_path / "b/shards/synth")], out=str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:no real dataset")
+def test_patients_of_another_dataset_may_be_held_out(tmp_path: Path) -> None:
+    make(tmp_path, "real", dict.fromkeys(CODES, 3), splits={"p0": "train"})
+    make(tmp_path, "judged", dict.fromkeys(CODES, 3), splits={"p1": "train", "p2": "test"})
+    known = {"known": True, "key_fingerprint": "f" * 16, "patients": ["p0", "p1"]}
+    make(tmp_path, "synth", dict.fromkeys(CODES, 3), origin="synthetic", lineage=known)
+    for dataset in ("real", "judged"):
+        dataset_info = json.loads((tmp_path / f"manifests/{dataset}/dataset.json").read_text())
+        assert dataset_info["lineage"]["key_fingerprint"] == "f" * 16
+    assert len(MixedLoader("real", "synth", out=str(tmp_path)))
+    with pytest.raises(BuilderError, match="trained on 1 patients that 'judged' holds out: p1"):
+        MixedLoader("real", "synth", held_out="judged", out=str(tmp_path))
+
+
 # -- running out --------------------------------------------------------------------------------
 
 
@@ -204,6 +298,12 @@ def test_repeats_are_reported_and_warned_of(pair: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MixedLoader("real", "other", ratio=0.6, batch_size=10, max_repeats=8, out=str(pair))
+    with pytest.warns(UserWarning, match="'other' come up to"):  # in an epoch to come
+        MixedLoader("real", "other", ratio={0: 0.0, 2: 0.9}, max_repeats=2, out=str(pair))
+    with pytest.warns(UserWarning, match="'real' come up to 4 times"):  # by what fills the last step
+        MixedLoader("real", ratio=0, batch_size=40, world=4, rank=0, max_repeats=1, out=str(pair))
+    with pytest.raises(BuilderError, match="the weight of 'other' is 0"):
+        MixedLoader("real", ["synth", "other"], weights=[1, 0], out=str(pair))
 
 
 def test_what_fills_the_last_step_is_counted(pair: Path) -> None:
@@ -263,9 +363,12 @@ def test_other_value_ranges_are_refused(pair: Path) -> None:
         return image.float() / 255
 
     arguments = {"ratio": 0.5, "batch_size": 16, "out": str(pair), "dtype": "float32"}
-    with pytest.raises(BuilderError, match=r"real images reach 200, synthetic ones 0\.\d+: .* value ranges"):
+    with pytest.raises(BuilderError, match=r"real ones reach from 0 to 200, synthetic ones from 0 to 0\.\d+"):
         list(MixedLoader("real", "synth", transform={"real": torch.Tensor.float, "synthetic": scaled}, **arguments))
-    for same in (torch.Tensor.float, scaled):
+    signed = {"real": lambda image: image.float() / 127.5 - 1, "synthetic": scaled}
+    with pytest.raises(BuilderError, match=r"value ranges: real ones reach from -1 to"):
+        list(MixedLoader("real", "synth", transform=signed, **arguments))
+    for same in (torch.Tensor.float, scaled, lambda image: image.float().mean((1, 2))):
         assert len(list(MixedLoader("real", "synth", transform=same, **arguments))) == 5
 
 
@@ -275,7 +378,7 @@ def test_colours_far_apart_are_warned_of_once() -> None:
     origin = torch.tensor([0, 1]).repeat(ENOUGH)
 
     def look(synthetic: torch.Tensor) -> None:
-        first = FirstBatches()
+        first = FirstBatches(judge_range=False)
         images = torch.stack([real, synthetic.to(torch.uint8)], dim=1).flatten(0, 1)
         for start in range(0, len(images), 16):
             first.see(images[start : start + 16], origin[start : start + 16])
@@ -303,7 +406,9 @@ def test_skipped_images_are_replaced_and_counted(tmp_path: Path, workers: int) -
     loader = MixedLoader("real", out=str(tmp_path), batch_size=5, on_error="skip", collate="dict", workers=workers)
     with pytest.warns(UserWarning, match="the image real-I-0000000[456] cannot be read, and is skipped"):
         batches = list(loader)
-    assert set(loader.skipped) == {f"real-I-0000000{n}" for n in (4, 5, 6)}
+    assert dict(loader.skipped) == {f"real-I-0000000{n}": 1 for n in (4, 5, 6)}
+    assert len(list(loader)) == 4
+    assert loader.skipped.total() == 6  # counted each time, named once
     assert [len(batch["keys"]) for batch in batches] == [5] * 4
     keys = [key for batch in batches for key in batch["keys"]]
     assert not set(keys) & set(loader.skipped)
@@ -328,7 +433,7 @@ def test_in_evaluation_what_cannot_be_read_is_left_out_and_counted(tmp_path: Pat
 def test_a_class_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:
     make(tmp_path, "real", {"I": 4, "P": 4}, per_shard=4)
     (tmp_path / tar_path("real", 1)).unlink()
-    with pytest.raises(BuilderError, match="no image of the class 1 of 'real' can be read"):
+    with pytest.raises(BuilderError, match=r"nothing can stand in .* 3 others .*; the image real-P-0000000\d in"):
         list(MixedLoader("real", batch_size=8, out=str(tmp_path), on_error="skip"))
 
 
@@ -385,7 +490,7 @@ def test_a_fresh_process_with_other_workers_goes_on_with_the_same_keys(pair: Pat
 
 
 DDP = """
-import json, sys, warnings
+import json, os, sys, warnings
 import torch, torch.distributed as dist
 from builder.mixing import MixedLoader
 warnings.simplefilter("ignore")
@@ -402,7 +507,8 @@ dist.all_gather_object(gathered, seen)
 if dist.get_rank() == 0:
     print(json.dumps(gathered))
 dist.barrier()
-dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo may abort a process whose peer is gone
 """
 
 
@@ -443,9 +549,12 @@ def test_streams_keep_the_ratio_and_go_on_where_they_were(pair: Path, workers: i
     epochs = [[batch["keys"] for batch in loader] for _ in range(3)]
     assert [len(epoch) for epoch in epochs] == [7, 7, 7]
     assert all(synthetic_count(keys) == 2 for epoch in epochs for keys in epoch)
+    epochs += [[batch["keys"] for batch in loader] for _ in range(20)]
+    passes = [position[0][0] for position in loader._cursor.positions]  # type: ignore[union-attr,index]
+    assert max(passes) - min(passes) <= 1
     real = Counter(key for epoch in epochs for keys in epoch for key in keys if key.startswith("real"))
     assert set(real) == set(loader.sources[0].keys.to_pylist())  # type: ignore[union-attr]
-    assert max(real.values()) - min(real.values()) <= 1 + bool(workers)  # a worker may be a batch ahead in its pass
+    assert max(real.values()) - min(real.values()) <= 1 + bool(workers)  # a worker may be a batch ahead
     restored, first = MixedLoader("real", ["synth", "other"], **arguments), []
     iterator = iter(restored)
     for _ in range(3):

@@ -140,7 +140,7 @@ def _print_epoch(epoch: dict[str, Any]) -> None:
     for source in sources:
         click.echo(
             f"  {source['name']:<{width}}  {source['origin']:<9}{source['samples']:>10,}{source['drawn']:>10,}"
-            f"{source['passes']:>8.2f}{source['repeats']:>12,}"
+            f"{source['passes']:>8.2f}{'-' if source['repeats'] is None else source['repeats']:>12}"
             + "".join(f"{source['classes'][code]:>10,}" for code in codes)
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from builder.mixing.sources import Source
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 ORIGINS = ("real", "synthetic")
+TRIES = 100  # images of which one may stand in for an unreadable one
 
 
 class Batch(NamedTuple):
@@ -29,13 +31,13 @@ class Batch(NamedTuple):
 
 
 class Requests:
-    """The batches to come, as the dataset takes them; a new list each epoch, so an abandoned iterator keeps its own."""
+    """The batches to come, as `Slots` takes them; a new list each epoch, so an abandoned iterator keeps its own."""
 
     def __init__(self) -> None:
         self.waiting: Sequence[Any] = []
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.waiting)
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(self.waiting)
 
     def __len__(self) -> int:
         return len(self.waiting)
@@ -59,7 +61,7 @@ class Assembly:
 
     def __call__(self, pixels: Sequence[np.ndarray], origin: np.ndarray, epoch: int, start: int) -> torch.Tensor:
         """Images (uint8 or float32 [B, 3, H, W]) of uint8 arrays [H, W, 3] and their origins (0 or 1, [B])."""
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(planes(pixels))
         if any(self.transforms):
             images = self._transformed(images, origin, keyed_integer(self.seed, "transform", epoch, start))
         return self._ranged(images)
@@ -89,7 +91,7 @@ class Assembly:
 class Batches(Dataset):
     """Whole batches as items: a worker needs nothing but the request, so their number changes nothing.
 
-    size: side in px that images are loaded at; None: as they are. skip: what can't be read is replaced by the next
+    size: side in px that images are loaded at; None: as they are. skip: what can't be read is replaced by another
     sample of its source and class (in evaluation: left out), and its key returned.
     """
 
@@ -113,10 +115,14 @@ class Batches(Dataset):
     def _read(self, epoch: int, start: int, size: int) -> Batch:
         pixels, labels, origin, keys = [], [], [], []
         skipped: list[str] = []
-        for number, row in zip(*(part.tolist() for part in self.schedule.batch(epoch, start, size)), strict=True):
+        streams, rows = self.schedule.batch(epoch, start, size)
+        for number, source in enumerate(self.sources):
+            if source is not None:
+                source.expect(rows[streams == number])
+        for number, row in zip(streams.tolist(), rows.tolist(), strict=True):
             source = self.sources[number]
             assert source is not None
-            found = self._pixels(number, source, row, skipped)
+            found = self._pixels(number, source, row, skipped, epoch, start, row)
             if found is not None:
                 pixels.append(found[0])
                 keys.append(source.keys[found[1]].as_py())
@@ -126,25 +132,39 @@ class Batches(Dataset):
         images = self.assembly(pixels, origins, epoch, start) if pixels else torch.empty(0)
         return Batch(images, torch.tensor(labels), torch.from_numpy(origins), keys, skipped)
 
-    def _pixels(self, number: int, source: Source, row: int, skipped: list[str]) -> tuple[np.ndarray, int] | None:
-        """The image of a row, or of what stands in for it, and the row it is of."""
+    def _pixels(
+        self, number: int, source: Source, row: int, skipped: list[str], *place: int
+    ) -> tuple[np.ndarray, int] | None:
+        """The image of a row, or of what stands in for it at this place, and the row it is of."""
         try:
             return source.pixels(row, self.size), row
-        except BuilderError:
+        except BuilderError as error:
             if not self.skip:
                 raise
+            first = error
         skipped.append(source.keys[row].as_py())
         if isinstance(self.schedule, InOrder):
             return None
-        label = int(source.labels[row])
-        for other in self.schedule.neighbours(number, row, label).tolist():
-            try:
+        others = self.schedule.others(number, row, int(source.labels[row]), "instead", *place)
+        for other in others[:TRIES].tolist():
+            with suppress(BuilderError):
                 return source.pixels(other, self.size), other
-            except BuilderError:
-                skipped.append(source.keys[other].as_py())
         raise BuilderError(
-            f"no image of the class {label} of '{source.name}' can be read", f"run `builder verify {source.name}`"
+            f"nothing can stand in for an image of '{source.name}': {min(len(others), TRIES)} others of its class "
+            f"can't be read either; {first.what}",
+            first.remedy,
         )
+
+
+def planes(pixels: Sequence[np.ndarray]) -> np.ndarray:
+    """Images as torch has them, uint8 [B, 3, H, W], of arrays [H, W, 3].
+
+    Each by itself, which stays in the processor's cache: several times faster than to stack and permute them all.
+    """
+    images = np.empty((len(pixels), 3, *pixels[0].shape[:2]), np.uint8)
+    for image, array in zip(images, pixels, strict=True):
+        image[:] = array.transpose(2, 0, 1)
+    return images
 
 
 def unchanged(item: Any) -> Any:

@@ -19,12 +19,17 @@ SPREADS_APART = 1.5  # ratio of the mean contrasts (standard deviation within an
 
 
 class FirstBatches:
-    """Looks at the first ENOUGH images of each origin, then no more."""
+    """Looks at the first ENOUGH images of each origin, then no more.
 
-    def __init__(self) -> None:
+    judge_range: whether the value ranges may differ at all, that is whether each origin has a transform of its own.
+    """
+
+    def __init__(self, judge_range: bool) -> None:
+        self._judge_range = judge_range
         self._seen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         self._counts = [0, 0]
         self._brightest = [0.0, 0.0]
+        self._least = [0.0, 0.0]
         self.done = False
 
     def see(self, images: torch.Tensor, origin: torch.Tensor) -> None:
@@ -32,14 +37,18 @@ class FirstBatches:
 
         BuilderError when the value ranges differ; a warning, once, when channels differ much in mean or contrast.
         """
+        if images.ndim != 4:  # a transform made something else of them
+            self.done = True
+            return
         for number, seen in enumerate(self._seen):
             chosen = images[origin == number] if self._counts[number] < ENOUGH else images[:0]
             if len(chosen):
                 flat = chosen.float().flatten(2)
                 seen.append(torch.stack([flat.mean(2), flat.std(2, correction=0)]))  # [2, n, 3]
                 self._brightest[number] = max(self._brightest[number], float(flat.abs().max()))
+                self._least[number] = min(self._least[number], float(flat.min()))
                 self._counts[number] += len(chosen)
-        if min(self._counts) >= FEW:
+        if self._judge_range and min(self._counts) >= FEW:
             self._check_range()
         if min(self._counts) >= ENOUGH:
             self._compare()
@@ -47,11 +56,12 @@ class FirstBatches:
 
     def _check_range(self) -> None:
         low, high = sorted(self._brightest)
-        if high > RANGES_APART * low:
-            real, synthetic = self._brightest
+        if high > RANGES_APART * low or min(self._least) < 0 <= max(self._least):
+            (real_least, least), (real, synthetic) = self._least, self._brightest
             raise BuilderError(
-                f"real images reach {real:g}, synthetic ones {synthetic:g}: they have different value ranges",
-                "let the transforms of both origins end in one range, and look at the images with `builder sheet`",
+                f"the images have different value ranges: real ones reach from {real_least:g} to {real:g}, "
+                f"synthetic ones from {least:g} to {synthetic:g}",
+                "let the transforms of both origins end in one range",
             )
 
     def _compare(self) -> None:

@@ -10,7 +10,7 @@ from builder.errors import BuilderError
 from builder.mixing.sources import Source
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset, find_dataset
-from builder.shards.lineage import find_leak
+from builder.shards.lineage import HELD_OUT, find_leak
 
 
 def resolve(reference: str | Path | Dataset, origin: str, out: str, partial: bool) -> Dataset:
@@ -29,13 +29,13 @@ def resolve(reference: str | Path | Dataset, origin: str, out: str, partial: boo
     return dataset
 
 
-def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None) -> None:
-    """Refuse a synthetic dataset whose generator saw patients that the real dataset holds out (val and test).
+def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None, splits: Sequence[str] = HELD_OUT) -> None:
+    """Refuse a synthetic dataset whose generator saw patients of these splits of the real dataset (val and test).
 
     What can't be known not to leak is refused as well: an unknown lineage, patients hashed with another key, held-out
     samples without a patient. With `allow_leak` (the reason) it is a warning instead.
     """
-    problem = find_leak(synthetic, real)
+    problem = find_leak(synthetic, real, splits)
     if problem is None:
         return
     if not allow_leak:
@@ -47,11 +47,11 @@ def check_lineage(synthetic: Dataset, real: Dataset, allow_leak: str | None) -> 
 
 def check_sizes(sources: Sequence[Source]) -> None:
     """Without a loading size, all stored images must be of one size."""
-    dimensions = {source.name: source.dimensions for source in sources}
-    smallest = [min(d[side] for d in dimensions.values()) for side in (0, 1)]
-    largest = [max(d[side] for d in dimensions.values()) for side in (2, 3)]
+    dimensions = [(source.name, source.dimensions) for source in sources]
+    smallest = [min(d[side] for _, d in dimensions) for side in (0, 1)]
+    largest = [max(d[side] for _, d in dimensions) for side in (2, 3)]
     if smallest != largest:
-        listed = "; ".join(f"'{name}' {d[0]}x{d[1]} to {d[2]}x{d[3]} px" for name, d in dimensions.items())
+        listed = "; ".join(f"'{name}' {d[0]}x{d[1]} to {d[2]}x{d[3]} px" for name, d in dimensions)
         raise BuilderError(
             f"the stored images differ in size: {listed}", "give the size to load them at, e.g. size=128"
         )
@@ -76,9 +76,8 @@ def class_weights(mode: str, source: Source, real: Source | None, classes: Class
         weights = counts
     missing = [code for code, count in zip(classes.codes, counts, strict=True) if not count]
     if missing:
-        warnings.warn(
-            f"'{source.name}' has no sample of {', '.join(missing)}: its quota goes to its other classes", stacklevel=5
-        )
+        instead = "" if mode == "natural" else ": its other classes take that share"
+        warnings.warn(f"'{source.name}' has no sample of {', '.join(missing)}{instead}", stacklevel=5)
     if not any(weights):
         raise BuilderError(
             f"'{source.name}' shares no class with the real dataset", "choose another class mode than match_real"

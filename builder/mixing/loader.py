@@ -16,12 +16,15 @@ from builder.errors import BuilderError
 from builder.mixing.batches import Assembly, Batch, Batches, Requests, Transform, unchanged
 from builder.mixing.first_batches import FirstBatches
 from builder.mixing.mix import Mix
-from builder.mixing.mixture import Reference, Wish, mixture
+from builder.mixing.mixture import Reference, Wish, listed, mixture
 from builder.mixing.options import group_place, one_of, place, whole
 from builder.mixing.ratio import UNITS
+from builder.mixing.schedule import keyed_integer, keyed_shuffle
+from builder.mixing.slots import AHEAD, Slots
 from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
 
 COLLATE = ("tuple", "dict", "numpy")
+END = object()
 
 
 class MixedLoader:
@@ -32,6 +35,8 @@ class MixedLoader:
 
     real, synthetic: a dataset's name under `out`, a path to it, or a Dataset; synthetic may be a list of them,
         shared out by `weights` (default: by their sizes). Filtered views are datasets like any other.
+    held_out: further real datasets that the classifier will be judged on: no synthetic dataset may come from a
+        generator that saw any of their patients, as of the val and test patients of `real`.
     ratio: synthetic share of a batch, 0-1 (default: 0.25 with synthetic data, else 0; at 0 none is opened). If
         ratio x batch_size is whole, every batch of every rank has exactly that many; else counts are rounded so that
         they add up. A table makes a schedule: {0: 1.0, 10: 0.0} is synthetic first, then real only. It counts in
@@ -47,8 +52,8 @@ class MixedLoader:
         order; the last step is filled up with repeats (`filled` says how many). "stop": the epoch ends with the last
         whole step before any sample would come again. The ratio holds either way.
     max_repeats: warns when a sample is drawn more often than this in an epoch.
-    transform: called with each image, uint8 [3, H, W]; torch's random numbers in it depend on seed, epoch and place.
-        A table {"real": ..., "synthetic": ...} for one each.
+    transform: called with each image, uint8 [3, H, W]; torch's random numbers in it depend on seed, epoch and place
+        (those of random and numpy on seed, rank and worker). A table {"real": ..., "synthetic": ...} for one each.
     collate: "tuple"; "dict" (images, labels, origin, keys); "numpy": the tuple as arrays with images [B, H, W, 3],
         as TensorFlow takes them.
     reading: "indexed": random access into the tars, a shuffle of the whole source. "stream": the tars are read
@@ -56,16 +61,18 @@ class MixedLoader:
         sets. The ratio in every batch is as exact, and each pass of a source has every sample once; but passes begin
         at no epoch's start, a batch's classes are as they come, and order and state belong to rank, world and workers
         (see mixing.stream). Validation and test are always read by index.
-    on_error: "raise", when an image cannot be read; or "skip": the next sample of its source and class stands in (in
+    on_error: "raise", when an image cannot be read; or "skip": another sample of its source and class stands in (in
         evaluation it is left out), a warning names it, and `skipped` counts.
     workers: processes that read ahead; by index, batches are the same whatever their number. pin_memory: as in
         DataLoader.
     rank, world: of this process; default: from torch.distributed, or the launcher's environment, else a single one.
+        Validation is shared out, too: with rank=0, world=1 one process reads all of it.
     allow_leak: the reason to use synthetic data that held-out patients may have leaked into.
     partial: take datasets that are not complete.
 
-    After all batches of an epoch the next iteration is the next epoch; `set_epoch` sets it. It shares out the samples
-    to the ranks itself: accelerate's `prepare` and Lightning take it as it is. BuilderError: what cannot be mixed.
+    Each iteration is the next epoch, also after one that was broken off; `set_epoch` sets it. One at a time: a new
+    iteration ends those before. It shares out the samples to the ranks itself: accelerate's `prepare` and Lightning
+    take it as it is (accelerate doesn't move its batches to the device). BuilderError: what cannot be mixed.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class MixedLoader:
         split: str = "train",
         classes: str = "natural",
         epoch: str | int = "real",
+        held_out: Reference | Sequence[Reference] | None = None,
         exhausted: str = "cycle",
         max_repeats: int | None = None,
         seed: int = 0,
@@ -107,14 +115,18 @@ class MixedLoader:
         one_of(collate, COLLATE, "collate")
         one_of(reading, ("indexed", "stream"), "reading")
         one_of(on_error, ("raise", "skip"), "on_error")
-        for name, value in (("epoch", epoch), ("size", size), ("max_repeats", max_repeats), ("buffer", buffer)):
-            if value is not None and value != "real":
-                _positive(value, name)
-        self.rank, self.world = _place(rank, world)
+        size = None if size is None else whole(size, "size")
+        epoch = epoch if epoch == "real" else whole(epoch, "epoch")
+        max_repeats = None if max_repeats is None else whole(max_repeats, "max_repeats")
+        seed, buffer = whole(seed, "seed", 0), whole(buffer, "buffer")
+        self.rank, self.world = place(rank, world)
+        self._told_place = rank is not None
         mixed = mixture(
             Wish(
-                real, synthetic, ratio, ratio_unit, counts, weights, _positive(batch_size, "batch_size"), size, out,
-                split, classes, epoch, exhausted, seed, self.world, allow_leak, partial,
+                real=real, held_out=listed(held_out), synthetic=listed(synthetic), ratio=ratio, ratio_unit=ratio_unit,
+                counts=None if counts is None else list(counts), weights=weights, size=size, out=out, split=split,
+                batch_size=whole(batch_size, "batch_size"), classes=classes, epoch=epoch,
+                exhausted=exhausted, seed=seed, world=self.world, allow_leak=allow_leak, partial=partial,
             )
         )  # fmt: skip
         self.sources, self.schedule, self.classes = mixed.sources, mixed.schedule, mixed.classes
@@ -125,8 +137,9 @@ class MixedLoader:
         self.epoch = 0
         self._step = 0  # the next one
         self._offset = 0  # position where step 0 begins; not 0 only after a restore from another world or batch size
-        self._restored = self._asked = False  # restored; and then asked by set_epoch for the epoch restored
-        self._first_batches = FirstBatches()
+        self._begun = 0  # iterations
+        self._restored = self._asked = False  # restored, or set; and then asked by set_epoch for the epoch restored
+        self._first_batches = FirstBatches(judge_range=isinstance(transform, Mapping))
         self._requests = Requests()
         assembly, skip = Assembly(transform, dtype, seed), on_error == "skip"
         self._cursor: Cursor | None = None  # of streams: where the readers stand
@@ -140,15 +153,21 @@ class MixedLoader:
                 workers=workers, buffer=buffer, skip=skip, classes=classes,
             )  # fmt: skip
             self._cursor = Cursor(streamed)
+        indexed = Batches(self.sources, self.schedule, size, assembly, skip=skip)
+        width, height = (size, size) if size else mixed.drawn[0].dimensions[2:]
+        room = self.batch_size * 3 * height * width * (4 if dtype == "float32" else 1)
+        self._slots = Slots(streamed if self._cursor else indexed, workers, room, pin_memory=pin_memory)
         self._loader = DataLoader(
-            streamed if self._cursor else Batches(self.sources, self.schedule, size, assembly, skip=skip),
+            self._slots,
             batch_size=None,
             sampler=self._requests,
             collate_fn=unchanged,
             num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each epoch would draw from the caller's random numbers
+            # Seeds the workers' random and numpy; without one each epoch would draw from the caller's random numbers.
+            generator=torch.Generator().manual_seed(keyed_integer(seed, "workers", self.rank)),
         )
         self._warn_of_repeats()
 
@@ -167,29 +186,44 @@ class MixedLoader:
         return max(0, len(self) * self._stride - (self._positions - self._offset))
 
     def __iter__(self) -> Iterator[Any]:
-        # Those who count the steps take all batches, but don't await the end. And a state saved after the last batch
-        # goes on with the next epoch, unless this one was asked for: then nothing of it is left.
-        ended = 0 < len(self) <= self._step and not self._asked
-        if ended or not self._restored:
-            self._go_to(self.epoch + ended)
+        self._begun += 1
+        mine = self._begun
+        self._check_group()
+        # A state saved after the last batch goes on with the next epoch, unless this one was asked for: then nothing of
+        # it is left.
+        over = 0 < len(self) <= self._step and not self._asked
+        if over or not self._restored:
+            self._go_to(self.epoch + (self._step > 0))
         self._restored = self._asked = False
         first = self._step
         wanted = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
-        self._requests.waiting = self._cursor.requests(first, wanted) if self._cursor else wanted
-        for step, batch in enumerate((batch for batch in self._loader if batch is not None), first):
+        self._requests.waiting = self._cursor.requests(wanted) if self._cursor else wanted
+        for step, batch in enumerate(self._received(mine), first):
             if isinstance(batch, BuilderError):
                 # Not `batch` itself: that would tie frame and loader into a cycle.
                 raise BuilderError(batch.what, batch.remedy)
             self._look_at(batch)
             self._step = step + 1
             if self._cursor:
-                self._cursor.seen(step, batch)
+                self._cursor.seen(batch)
             if len(batch.labels):  # in evaluation all of a batch may be left out
                 yield self._shaped(batch)
-        self.set_epoch(self.epoch + 1)
+        self._go_to(self.epoch + 1)
+
+    def _received(self, mine: int) -> Iterator[Any]:
+        """What the workers make, as long as no other iteration has begun: it would take the batches of that one."""
+        items = iter(self._loader)
+        while mine == self._begun:
+            item = next(items, END)
+            if item is END:
+                return
+            if item is not None:
+                yield self._slots.received(item)
+        raise BuilderError("another iteration of this loader has begun", "make a loader for each")
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of `epoch` (0 or more); nothing changes when a restored state stands in it already."""
+        epoch = whole(epoch, "epoch", 0)
         self._asked = epoch == self.epoch and self._restored
         if not self._asked:
             self._go_to(epoch)
@@ -197,11 +231,21 @@ class MixedLoader:
     def _go_to(self, epoch: int) -> None:
         self.epoch, self._step, self._offset, self._restored = epoch, 0, 0, False
 
+    def _check_group(self) -> None:
+        group = None if self._told_place else group_place()
+        if group is not None and group != (self.rank, self.world):
+            raise BuilderError(
+                f"this loader was made as rank {self.rank} of {self.world}, the process group has rank {group[0]} of "
+                f"{group[1]}",
+                "make it when the group is there (Lightning: in train_dataloader()), or pass rank= and world=",
+            )
+
     def keys(self, step: int, epoch: int | None = None) -> list[str]:
         """The keys of this rank's batch at `step` of `epoch` (default: the current one), in order; reads no image."""
         if self._cursor:
             raise BuilderError("a stream's keys are known when they come", 'pass collate="dict", which gives them')
-        picked = self.schedule.batch(self.epoch if epoch is None else epoch, self._start(step), self.batch_size)
+        epoch = self.epoch if epoch is None else epoch
+        picked = self.schedule.batch(epoch, self._start(step, epoch), self.batch_size)
         sources = self.sources
         return [sources[number].keys[int(row)].as_py() for number, row in zip(*picked, strict=True)]
 
@@ -226,8 +270,9 @@ class MixedLoader:
     def composition(self, epoch: int | None = None) -> list[dict[str, Any]]:
         """What an epoch (default: the current one) draws of each source, over all ranks.
 
-        name, origin, samples, drawn, passes (drawn / samples), repeats (how often a sample comes at most), and by
-        class code: classes (drawn; of streams on average) and available (samples).
+        name, origin, samples, drawn, passes (drawn / samples), repeats (how often a sample comes at most, with what
+        fills the last step; None for streams, whose passes begin at no epoch's start), and by class code: classes
+        (drawn; of streams on average) and available (samples).
         """
         epoch = self.epoch if epoch is None else epoch
         described = []
@@ -235,8 +280,9 @@ class MixedLoader:
             if source is None:
                 continue
             available = np.bincount(source.labels, minlength=len(self.classes))
-            by_class = self._by_class(number, epoch, available)
+            by_class, read = self._by_class(number, epoch, available)
             drawn = int(by_class.sum())
+            most = int(np.ceil(read / np.maximum(available, 1)).max())
             described.append(
                 {
                     "name": source.name,
@@ -244,29 +290,37 @@ class MixedLoader:
                     "samples": len(source),
                     "drawn": drawn,
                     "passes": drawn / len(source),
-                    "repeats": int(np.ceil(by_class / np.maximum(available, 1)).max()),
+                    "repeats": None if self._cursor else most,
                     "classes": dict(zip(self.classes.codes, by_class.tolist(), strict=True)),
                     "available": dict(zip(self.classes.codes, available.tolist(), strict=True)),
                 }
             )
         return described
 
-    def _by_class(self, number: int, epoch: int, available: np.ndarray) -> np.ndarray:
+    def _by_class(self, number: int, epoch: int, available: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many of each class (int64 [classes]) an epoch draws, and reads with what fills its last step."""
         if not isinstance(self.schedule, Mix):
-            return available
+            return available, available
         stream, plan = self.schedule.streams[number], self.schedule.epoch(epoch)
         if stream is None:
-            return np.zeros_like(available)
-        return stream.classes(int(plan.before[number]), int(plan.drawn[number]))
+            return np.zeros_like(available), np.zeros_like(available)
+        before = int(plan.before[number])
+        return stream.classes(before, int(plan.drawn[number])), stream.classes(before, int(plan.read[number]))
 
     def _warn_of_repeats(self) -> None:
-        for part in self.composition() if self.max_repeats else ():
-            if part["repeats"] > self.max_repeats:
-                warnings.warn(
-                    f"samples of '{part['name']}' come up to {part['repeats']} times an epoch, max_repeats is "
-                    f"{self.max_repeats}: it has {part['samples']}, and {part['drawn']} are drawn",
-                    stacklevel=3,
-                )
+        if not self.max_repeats or not isinstance(self.schedule, Mix):
+            return
+        worst: dict[int, tuple[int, dict[str, Any]]] = {}
+        for plan in self.schedule.changing():
+            for number, part in enumerate(self.composition(plan.number)):
+                if part["repeats"] and part["repeats"] > worst.get(number, (self.max_repeats, {}))[0]:
+                    worst[number] = part["repeats"], part
+        for repeats, part in worst.values():
+            warnings.warn(
+                f"samples of '{part['name']}' come up to {repeats} times an epoch, max_repeats is {self.max_repeats}: "
+                f"it has {part['samples']}, and {part['drawn']} are drawn",
+                stacklevel=3,
+            )
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -290,14 +344,14 @@ class MixedLoader:
                     f"the saved state is of {name} {state.get(name)}, this loader of {value}",
                     "restore it into the same mixture",
                 )
-        self.epoch = int(state["epoch"])
-        self._step, self._offset = divmod(int(state["position"]), self._stride)
         if self._cursor:
             self._cursor.load_state_dict(state["streams"])
+        self.epoch = int(state["epoch"])
+        self._step, self._offset = divmod(int(state["position"]), self._stride)
         self._restored, self._asked = True, False
 
     def _identity(self) -> dict[str, Any]:
-        sources = [[source.name, len(source)] for source in self.sources if source]
+        sources = [[source.name, len(source), source.fingerprint] for source in self.sources if source]
         identity = {
             "seed": self.seed, "ratio": self.ratio.to_json(), "classes": self.class_mode, "split": self.split,
             "length": self.length, "exhausted": self.exhausted, "sources": sources,
@@ -306,7 +360,7 @@ class MixedLoader:
         if isinstance(self.schedule, Mix):
             if self._cursor or self.exhausted == "stop" or (self.ratio.unit == "step" and not self.ratio.is_constant):
                 identity["samples a step"] = self._stride
-            identity["drawn"] = self.schedule.epoch(0).drawn.tolist()
+            identity["weights"] = self.schedule.weights
         return identity
 
     @property
@@ -317,6 +371,12 @@ class MixedLoader:
     def _stride(self) -> int:
         return self.world * self.batch_size
 
-    def _start(self, step: int) -> int:
-        return self._offset + step * self._stride + self.rank * self.batch_size
-
+    def _start(self, step: int, epoch: int | None = None) -> int:
+        """Where this rank's batch of a step begins; in an epoch other than the current one, as in a whole one."""
+        epoch = self.epoch if epoch is None else epoch
+        begin = (self._offset if epoch == self.epoch else 0) + step * self._stride
+        if not isinstance(self.schedule, Mix):
+            return begin + self.rank * self.batch_size
+        # Else a rank would meet the same part of a quota's period at every step, and so the same few classes.
+        turn = keyed_shuffle(self.world, self.seed, "ranks", epoch, begin)[self.rank]
+        return begin + int(turn) * self.batch_size

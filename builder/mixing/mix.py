@@ -33,6 +33,7 @@ class Epoch:
     reached: np.ndarray  # int64 [stretches, 2]: real and synthetic drawn in this epoch before each stretch
     before: np.ndarray  # int64 [streams]: drawn in the epochs before
     drawn: np.ndarray  # int64 [streams]
+    read: np.ndarray  # int64 [streams]: with what fills the last step
 
 
 class Mix:
@@ -90,11 +91,23 @@ class Mix:
         streams, _ = self._locate(self.epoch(epoch), np.arange(start, start + size))
         return streams[self._order(epoch, start, size)]
 
-    def neighbours(self, number: int, row: int, label: int) -> np.ndarray:
-        """The rows that may stand in for a row of a stream: those of its class."""
+    def others(self, number: int, row: int, label: int, *key: object) -> np.ndarray:
+        """The rows that may stand in for a row of a stream: the others of its class, in an order that `key` makes."""
         stream = self.streams[number]
         assert stream is not None
-        return stream.neighbours(row, label)
+        return stream.others(row, label, *key)
+
+    def changing(self) -> list[Epoch]:
+        """The epochs up to the first after whose start the ratio changes no more."""
+        plans = [self.epoch(0)]
+        while not self.ratio.is_settled(plans[-1].number, plans[-1].step):
+            plans.append(self.epoch(plans[-1].number + 1))
+        return plans
+
+    @property
+    def weights(self) -> list[int]:
+        """Of the synthetic streams among each other, as whole numbers."""
+        return [int(weight) for weight in self._sources.weights]
 
     def _order(self, epoch: int, start: int, size: int) -> np.ndarray:
         return keyed_shuffle(size, self.seed, "batch", epoch, start)
@@ -138,6 +151,7 @@ class Mix:
         return Epoch(
             number, step, length, edges, tuple(quota for _, quota in stretches), reached, before,
             self._counts(stretches, length, before),
+            self._counts(stretches, -(-length // self.stride) * self.stride, before),
         )  # fmt: skip
 
     def _counts(self, stretches: Stretches, length: int, before: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from builder.shards.dataset import Dataset
 
 Reference = str | Path | Dataset
 DEFAULT_RATIO = 0.25
+SPLITS = ("train", "val", "test")
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Wish:
     """What is to be mixed, as `MixedLoader` was told."""
 
     real: Reference | None
-    synthetic: Reference | Sequence[Reference] | None
+    held_out: list[Reference]
+    synthetic: list[Reference]
     ratio: float | Mapping[int, float] | None
     ratio_unit: str
     counts: Sequence[int] | None
@@ -44,11 +46,12 @@ class Wish:
     allow_leak: str | None
     partial: bool
 
-    @property
-    def listed(self) -> list[Reference]:
-        if self.synthetic is None:
-            return []
-        return [self.synthetic] if isinstance(self.synthetic, str | Path | Dataset) else list(self.synthetic)
+
+def listed(references: Reference | Iterable[Reference] | None) -> list[Reference]:
+    """One dataset, several or none, as a list."""
+    if references is None:
+        return []
+    return [references] if isinstance(references, str | Path | Dataset) else list(references)
 
 
 @dataclass
@@ -87,9 +90,9 @@ def mixture(wish: Wish) -> Mixture:
 
 def _shares(wish: Wish) -> tuple[int, Sequence[float] | None, RatioSchedule]:
     """Batch size, weights of the synthetic datasets and ratio, by `counts` or by `ratio`."""
-    listed, batch_size, weights, share = wish.listed, wish.batch_size, wish.weights, wish.ratio
+    given, batch_size, weights, share = wish.synthetic, wish.batch_size, wish.weights, wish.ratio
     if wish.split != "train":
-        if share or listed or wish.counts:
+        if (share not in (None, 0)) or given or wish.counts:
             raise BuilderError(
                 f"the {wish.split} split is never mixed with synthetic data", "leave out synthetic, ratio and counts"
             )
@@ -98,30 +101,33 @@ def _shares(wish: Wish) -> tuple[int, Sequence[float] | None, RatioSchedule]:
     if wish.counts is not None:
         if share is not None or weights is not None:
             raise BuilderError("counts are given beside ratio or weights", "counts alone say them all")
-        if len(wish.counts) != 1 + len(listed):
+        if len(wish.counts) != 1 + len(given):
             raise BuilderError(
-                f"{len(wish.counts)} counts are given for one real and {len(listed)} synthetic datasets",
+                f"{len(wish.counts)} counts are given for one real and {len(given)} synthetic datasets",
                 "give one each, real first",
             )
         batch_size, share, weights = batch_of(tuple(wish.counts))
-    ratio = ratio_of(share, wish.ratio_unit, DEFAULT_RATIO, real=wish.real is not None, synthetic=bool(listed))
-    if weights is not None and len(weights) != len(listed):
-        raise BuilderError(f"{len(weights)} weights are given for {len(listed)} synthetic datasets", "give one each")
+    ratio = ratio_of(share, wish.ratio_unit, DEFAULT_RATIO, real=wish.real is not None, synthetic=bool(given))
+    if weights is not None and len(weights) != len(given):
+        raise BuilderError(f"{len(weights)} weights are given for {len(given)} synthetic datasets", "give one each")
     return batch_size, weights, ratio
 
 
 def _datasets(wish: Wish, ratio: RatioSchedule) -> list[Dataset | None]:
     """The real dataset (or None) and the synthetic ones; these are not opened where none is ever drawn."""
     real = None if wish.real is None else resolve(wish.real, "real", wish.out, wish.partial)
-    listed = wish.listed if max(ratio.shares) else []
-    others = [resolve(reference, "synthetic", wish.out, wish.partial) for reference in listed]
+    held_out = [resolve(reference, "real", wish.out, wish.partial) for reference in wish.held_out]
+    given = wish.synthetic if max(ratio.shares) else []
+    others = [resolve(reference, "synthetic", wish.out, wish.partial) for reference in given]
     for other in others:
-        if real is None:
+        for dataset in held_out:
+            check_lineage(other, dataset, wish.allow_leak, SPLITS)
+        if real is None and not held_out:
             warnings.warn(
                 f"no real dataset is given: the lineage of '{other.name}' is not checked against anything",
                 stacklevel=4,
             )
-        else:
+        elif real is not None:
             check_lineage(other, real, wish.allow_leak)
     return [real, *others]
 
@@ -165,12 +171,12 @@ def _mix(
 
 def _refuse_what_is_never_drawn(mix: Mix, sources: Sequence[Source | None]) -> None:
     """BuilderError for a source of which no epoch draws any, as far as the ratio changes."""
-    plans = [mix.epoch(0)]
-    while not mix.ratio.is_settled(plans[-1].number, plans[-1].step):
-        plans.append(mix.epoch(plans[-1].number + 1))
+    plans = mix.changing()
     totals = np.sum([plan.drawn for plan in plans], axis=0)
-    for source, stream, drawn in zip(sources, mix.streams, totals, strict=True):
+    for number, (source, stream, drawn) in enumerate(zip(sources, mix.streams, totals, strict=True)):
         if source and stream and not drawn:
+            if number and not mix.weights[number - 1]:
+                raise BuilderError(f"the weight of '{source.name}' is 0: none of it is ever drawn", "leave it out")
             raise BuilderError(
                 f"at ratio {max(mix.ratio.shares):g}, an epoch of {plans[-1].length} samples has room for none of "
                 f"'{source.name}'",

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from builder.errors import BuilderError
@@ -29,16 +30,16 @@ class RatioSchedule:
         """
         table = dict(ratio) if isinstance(ratio, Mapping) else {0: ratio}
         for start, share in table.items():
-            if not isinstance(start, int) or start < 0:
+            if not isinstance(start, Integral) or start < 0:
                 raise BuilderError(f"the ratio schedule has the {unit} {start!r}", "give whole numbers from 0 on")
-            if not isinstance(share, int | float) or not 0 <= share <= 1:
+            if not isinstance(share, Real) or not 0 <= share <= 1:
                 raise BuilderError(f"ratio is {share}", "it is the synthetic share of a batch, from 0 to 1")
         if 0 not in table:
             raise BuilderError(
                 f"the ratio schedule begins at {unit} {min(table, default='none')}", "say the ratio from 0 on"
             )
         starts = tuple(sorted(table))
-        return cls(starts, tuple(float(table[start]) for start in starts), unit)
+        return cls(tuple(int(start) for start in starts), tuple(float(table[start]) for start in starts), unit)
 
     @property
     def is_constant(self) -> bool:
@@ -87,7 +88,7 @@ def ratio_of(
 
 def batch_of(counts: tuple[int, ...]) -> tuple[int, float, list[float]]:
     """Batch size, ratio and weights of the synthetic datasets, of the samples of each source in a batch, real first."""
-    if not all(isinstance(count, int) and count >= 0 for count in counts) or not sum(counts):
+    if not all(isinstance(count, Integral) and count >= 0 for count in counts) or not sum(counts):
         raise BuilderError(
             f"counts are {list(counts)}", "give the samples of each source in a batch, real first, e.g. (24, 8)"
         )

@@ -78,11 +78,11 @@ class Stream:
         classes = np.flatnonzero(self.quota.weights)
         return min(self.quota.position(int(c), int(counts[c]) + len(self.circles[c])) - before for c in classes)
 
-    def neighbours(self, row: int, label: int) -> np.ndarray:
-        """The other rows of the class of `row`, as they follow on it in the circle."""
+    def others(self, row: int, label: int, *key: object) -> np.ndarray:
+        """The other rows of the class of `row`, in an order that depends on `key`."""
         circle = self.circles[label]
-        place = int(np.flatnonzero(circle == row)[0])
-        return np.roll(circle, -place)[1:]
+        shuffled = circle[keyed_shuffle(len(circle), *self.key, *key)]
+        return shuffled[shuffled != row]
 
     def _shuffle(self, epoch: int, c: int, turn: int) -> np.ndarray:
         """The order of the `turn`-th time round the circle: where the quota ends inside it, its part comes first."""

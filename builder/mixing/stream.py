@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from builder.errors import BuilderError
+from builder.mixing.options import place, whole
 from builder.mixing.reader import BUFFER, Layout, Position, Reader
 from builder.mixing.sources import Source
 
@@ -59,9 +60,8 @@ class StreamBatches(Dataset):
 
     What holds: the ratio in every batch; in each pass of a source every sample once, of all ranks and workers together;
     what is to come follows from the readers' positions, so a run that goes on from saved ones (same world, workers and
-    buffer) gives the same batches as one that was never stopped. What does not: passes begin at no epoch's start; a
-    worker that makes one batch more than another is ahead in its pass; another number of workers, or another world,
-    gives another order, and cannot go on from saved positions.
+    buffer) gives the same batches as one that was never stopped. What does not: passes begin at no epoch's start;
+    another number of workers, or another world, gives another order, and cannot go on from saved positions.
 
     Errors (BuilderError) are items too, to be raised by who iterates: torch would bury them in a worker's traceback.
     Use with batch_size=None, in_order (the default) and num_workers=workers; see `Cursor` for the requests.
@@ -170,39 +170,37 @@ class Cursor:
     """Where the readers of a rank stand, for the process that iterates: after the batches that it handed on.
 
     Workers read ahead, so each iteration tells them where to go on, which costs nothing where they stand there already.
-    Step s of an epoch is always made by worker s % workers. Worker processes may be persistent.
+    They take turns, from one epoch to the next as well. Worker processes may be persistent.
     """
 
     def __init__(self, batches: StreamBatches) -> None:
         self._batches = batches
-        self.positions: list[Positions] = []
-        self.rewind()
+        start = tuple(None if layout is None else (0, 0) for layout in batches.layouts)
+        self.positions: list[Positions] = [start] * max(1, batches.workers)
+        self.lane = 0  # the worker whose turn it is
 
-    def rewind(self) -> None:
-        """To the beginning: pass 0 of all sources."""
-        start = tuple(None if layout is None else (0, 0) for layout in self._batches.layouts)
-        self.positions = [start] * max(1, self._batches.workers)
-
-    def requests(self, first: int, wanted: Sequence[tuple[int, int, int]]) -> list[Request | None]:
-        """What to ask of a DataLoader for the steps first, first + 1, ... (epoch, start, size each).
+    def requests(self, wanted: Sequence[tuple[int, int, int]]) -> list[Request | None]:
+        """What to ask of a DataLoader for the next batches (epoch, start, size each).
 
         The items come in order; None before the first are to be passed over, they only keep the workers' turns.
         """
         lanes = len(self.positions)
-        requests: list[Request | None] = [None] * (first % lanes)
-        for step, (epoch, start, size) in enumerate(wanted, first):
-            positions = self.positions[step % lanes] if step < first + lanes else None
-            requests.append(Request(epoch, start, size, step % lanes, positions))
+        requests: list[Request | None] = [None] * self.lane
+        for number, (epoch, start, size) in enumerate(wanted):
+            lane = (self.lane + number) % lanes
+            requests.append(Request(epoch, start, size, lane, self.positions[lane] if number < lanes else None))
         return requests
 
-    def seen(self, step: int, batch: StreamBatch) -> None:
-        """Take note that the batch of `step` was handed on."""
-        self.positions[step % len(self.positions)] = batch.positions
+    def seen(self, batch: StreamBatch) -> None:
+        """Take note that the next batch was handed on."""
+        self.positions[self.lane] = batch.positions
+        self.lane = (self.lane + 1) % len(self.positions)
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of this rank's readers, and what they belong to; JSON."""
         return {
             **self._identity(),
+            "lane": self.lane,
             "positions": [[None if p is None else list(p) for p in worker] for worker in self.positions],
         }
 
@@ -214,6 +212,7 @@ class Cursor:
                     f"the saved streams are of {name} {state.get(name)}, these of {value}",
                     'restore them as they were, or pass reading="indexed", which goes on with any',
                 )
+        self.lane = int(state["lane"])
         self.positions = [
             tuple(None if p is None else (int(p[0]), int(p[1])) for p in worker) for worker in state["positions"]
         ]
@@ -226,24 +225,28 @@ class Cursor:
 class StreamSamples(IterableDataset):
     """The samples of one source without end, for a webdataset pipeline of one's own.
 
-    `wds.DataPipeline(StreamSamples(Source(dataset), 128), wds.map(...), wds.batched(32)).with_epoch(1000)`
+    `wds.DataPipeline(StreamSamples(Source(dataset, "train"), 128), wds.map(...), wds.batched(32)).with_epoch(1000)`
 
     Each is a dict, as webdataset's stages pass them on: __key__, __url__ (the tar), image (uint8 RGB [H, W, 3]) and cls
-    (label). The order is that of `StreamBatches`; a DataLoader's workers share each pass out, and so do `world` ranks.
+    (label). The order is that of `StreamBatches`; a DataLoader's workers share each pass out, and so do the ranks (as
+    in MixedLoader). A new iteration begins the next pass. number: of the source, where several have one seed.
     BuilderError for an image that can't be read.
     """
 
     def __init__(
-        self, source: Source, size: int | None = None, *, seed: int = 0, rank: int = 0, world: int = 1,
-        buffer: int = BUFFER,
+        self, source: Source, size: int | None = None, *, seed: int = 0, number: int = 0, rank: int | None = None,
+        world: int | None = None, buffer: int = BUFFER,
     ) -> None:  # fmt: skip
-        self.layout, self.size, self.seed, self.buffer = Layout(source), size, seed, buffer
-        self.rank, self.world = rank, world
+        self.layout, self.size, self.key, self.buffer = Layout(source), size, (whole(seed, "seed", 0), number), buffer
+        self.rank, self.world = place(rank, world)
+        self._turns = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info, source = get_worker_info(), self.layout.source
         worker, lanes = (info.id, info.num_workers) if info else (0, 1)
-        reader = Reader(self.layout, self.rank * lanes + worker, self.world * lanes, (self.seed, 0), self.buffer)
+        reader = Reader(self.layout, self.rank * lanes + worker, self.world * lanes, self.key, self.buffer)
+        reader.seek((self._turns, 0))
+        self._turns += 1
         for row, payload in reader:
             if isinstance(payload, BuilderError):
                 raise payload

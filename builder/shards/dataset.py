@@ -201,7 +201,7 @@ def decode(payload: bytes) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(payload)) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # to convert would copy it
     except Image.DecompressionBombError as error:  # a damaged header may say any size
         raise ValueError(str(error)) from None
 

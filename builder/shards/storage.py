@@ -92,7 +92,8 @@ class Storage:
         The second is an object store's checksum or version, or else the time of writing; one listing, nothing is read.
         """
         if self.is_local:
-            return {name: _file_stamp(self.path(f"{folder}/{name}")) for name in self.list(folder, suffix)}
+            place = self.path(folder)
+            return {name: _file_stamp(f"{place}/{name}") for name in self.list(folder, suffix)}
         entries = {PurePosixPath(entry["name"]).name: entry for entry in self._entries(folder)}
         return {
             name: (int(entry["size"]), _stamp(entry))
