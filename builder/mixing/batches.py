@@ -90,7 +90,8 @@ class Batches(Dataset):
     """Whole batches as items: a worker needs nothing but the request, so their number changes nothing.
 
     size: side in px that images are loaded at; None: as they are. skip: what can't be read is replaced by the next
-    sample of its source and class (in evaluation: left out), and its key returned.
+    sample of its source and class (in evaluation: left out), and its key returned. ahead: positions from a worker's
+    batch to its next one.
     """
 
     def __init__(
@@ -101,8 +102,11 @@ class Batches(Dataset):
         assembly: Assembly,
         *,
         skip: bool = False,
+        ahead: int = 0,
     ) -> None:
         self.sources, self.schedule, self.size, self.assembly, self.skip = sources, schedule, size, assembly, skip
+        self.ahead = ahead
+        self._next: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def __getitem__(self, request: tuple[int, int, int]) -> Batch | BuilderError:
         try:
@@ -113,10 +117,7 @@ class Batches(Dataset):
     def _read(self, epoch: int, start: int, size: int) -> Batch:
         pixels, labels, origin, keys = [], [], [], []
         skipped: list[str] = []
-        streams, rows = self.schedule.batch(epoch, start, size)
-        for number, source in enumerate(self.sources):
-            if source is not None:
-                source.expect(rows[streams == number])
+        streams, rows = self._drawn(epoch, start, size)
         for number, row in zip(streams.tolist(), rows.tolist(), strict=True):
             source = self.sources[number]
             assert source is not None
@@ -129,6 +130,21 @@ class Batches(Dataset):
         origins = np.array(origin, np.uint8)
         images = self.assembly(pixels, origins, epoch, start) if pixels else torch.empty(0)
         return Batch(images, torch.tensor(labels), torch.from_numpy(origins), keys, skipped)
+
+    def _drawn(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Streams and rows of a batch. Those of the next one are fetched from the disk while this one is decoded."""
+        drawn = self._next.pop((epoch, start, size), None) or self._expected(epoch, start, size)
+        if self.ahead:
+            following = epoch, start + self.ahead, size
+            self._next = {following: self._expected(*following)}
+        return drawn
+
+    def _expected(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        streams, rows = self.schedule.batch(epoch, start, size)
+        for number, source in enumerate(self.sources):
+            if source is not None:
+                source.expect(rows[streams == number])
+        return streams, rows
 
     def _pixels(self, number: int, source: Source, row: int, skipped: list[str]) -> tuple[np.ndarray, int] | None:
         """The image of a row, or of what stands in for it, and the row it is of."""

@@ -141,7 +141,9 @@ class MixedLoader:
                 workers=workers, buffer=buffer, skip=skip, classes=classes,
             )  # fmt: skip
             self._cursor = Cursor(streamed)
-        indexed = Batches(self.sources, self.schedule, size, assembly, skip=skip)
+        indexed = Batches(
+            self.sources, self.schedule, size, assembly, skip=skip, ahead=max(1, workers) * self._stride
+        )  # fmt: skip
         width, height = (size, size) if size else mixed.drawn[0].dimensions[2:]
         room = self.batch_size * 3 * height * width * (4 if dtype == "float32" else 1)
         self._slots = Slots(streamed if self._cursor else indexed, workers, room, pin_memory=pin_memory)
@@ -182,7 +184,8 @@ class MixedLoader:
         first = self._step
         wanted = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
         self._requests.waiting = self._cursor.requests(first, wanted) if self._cursor else wanted
-        for step, batch in enumerate((batch for batch in map(self._slots.received, self._loader) if batch is not None), first):
+        received = map(self._slots.received, self._loader)
+        for step, batch in enumerate((batch for batch in received if batch is not None), first):
             if isinstance(batch, BuilderError):
                 # Not `batch` itself: that would tie frame and loader into a cycle.
                 raise BuilderError(batch.what, batch.remedy)

@@ -31,13 +31,14 @@ NAMES = ("real", "synthetic")
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import numpy as np, pyarrow.parquet
+import pyarrow.parquet
 from builder.mixing import MixedLoader
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 root, what = sys.argv[1:]
+pyarrow.array([0])  # imports pandas where there is one
 before, began, cpu = resident(), time.perf_counter(), time.process_time()
 loader = MixedLoader(real="real", synthetic="synthetic", ratio=0.25, batch_size={batch}, out=root)
 made = time.perf_counter() - began
@@ -53,7 +54,7 @@ print(json.dumps({{
     "columns": sum(source.nbytes for source in loader.sources),
     "grown": resident() - before, "samples": sum(len(source) for source in loader.sources),
 }}))
-""".format(batch=BATCH, step=RESUMED)
+"""
 
 
 def measure(out: Path, rows: int, repeats: int = 3) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def measure(out: Path, rows: int, repeats: int = 3) -> dict[str, Any]:
 
 def _child(root: Path, what: str) -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(root), what]
+    command = [sys.executable, "-c", CHILD.format(batch=BATCH, step=RESUMED), str(root), what]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -121,7 +122,9 @@ def _make(root: Path, name: str, rows: int) -> Dataset:
         codes = [HEALING_PHASES.codes[label] for label in labels]
         changed = {
             **fixed,
-            "label": labels, "phase": codes, "patient": [f"{place // 10:032x}" for place in places],
+            "label": labels,
+            "phase": codes,
+            "patient": [f"{place // 10:032x}" for place in places],
             "key": [f"{name}-{code}-{place:08d}" for code, place in zip(codes, places, strict=False)],
             "shard": [tar_path(name, number)] * PER_SHARD,
             "sha256": [hashlib.sha256(_pixels(name, place)).hexdigest() for place in places],
@@ -129,9 +132,7 @@ def _make(root: Path, name: str, rows: int) -> Dataset:
         table = first.slice(0, len(places))
         for column, values in changed.items():
             field = SCHEMA.field(column)
-            table = table.set_column(
-                SCHEMA.get_field_index(column), field, pa.array(values[: len(places)], field.type)
-            )
+            table = table.set_column(SCHEMA.get_field_index(column), field, pa.array(values[: len(places)], field.type))
         with open(root / tar_path(name, number), "wb") as file:
             file.truncate(PER_SHARD * (SIZE + 512))
         write_manifest(dataset.storage, manifest_path(name, number), table)
