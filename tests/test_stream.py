@@ -216,13 +216,13 @@ def loader(of: StreamBatches, requests: list[Request | None]) -> DataLoader:
 def iterate(of: StreamBatches, cursor: Cursor, first: int, stop: int, epoch: int = 0) -> Iterator[StreamBatch]:
     """What a loader makes of it."""
     step = first
-    requests = cursor.requests(first, [(epoch, 8 * (step * of.world + of.rank), 8) for step in range(first, stop)])
+    requests = cursor.requests([(epoch, 8 * (step * of.world + of.rank), 8, None) for step in range(first, stop)])
     for item in loader(of, requests):
         if item is None:
             continue
         if isinstance(item, BuilderError):
             raise item
-        cursor.seen(step, item)
+        cursor.seen(item)
         step += 1
         yield item
     assert step == stop
@@ -303,13 +303,13 @@ def test_an_abandoned_iteration_loses_nothing_though_workers_read_ahead(root: Pa
     cursor, requests = Cursor(of), []
     kept = DataLoader(of, batch_size=None, sampler=requests, collate_fn=lambda item: item, num_workers=2,
                       persistent_workers=True)  # fmt: skip
-    requests += cursor.requests(0, [(0, 8 * step, 8) for step in range(6)])
+    requests += cursor.requests([(0, 8 * step, 8, None) for step in range(6)])
     for step, batch in enumerate(kept):
-        cursor.seen(step, batch)
+        cursor.seen(batch)
         assert batch.keys == whole[step]
         if step == 2:
             break
-    requests[:] = cursor.requests(3, [(0, 8 * step, 8) for step in range(3, 6)])
+    requests[:] = cursor.requests([(0, 8 * step, 8, None) for step in range(3, 6)])
     assert requests[0] is None
     assert [batch.keys for batch in kept if batch is not None] == whole[3:]
 
@@ -363,6 +363,28 @@ def test_a_pipeline_of_ones_own(root: Path) -> None:
     assert len(found) == 26  # of 25: a pass of the two, and one more
     assert len({key for key, _, _ in found}) == 25
     assert all(shape == (4, 4, 3) and label == int(key[-4:]) % 3 for key, shape, label in found)
+
+
+def test_a_pipeline_goes_on_with_the_next_pass_in_the_next_epoch_and_shares_with_other_ranks(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = wds.DataPipeline(StreamSamples(source(root, "real", "train")), wds.map(lambda sample: sample["__key__"]))
+    for workers in (0, 2):
+        loader = DataLoader(
+            pipeline.with_epoch(4), batch_size=None, num_workers=workers, persistent_workers=workers > 0,
+            collate_fn=lambda item: item,
+        )  # fmt: skip
+        epochs = [list(loader) for _ in range(3)]
+        assert epochs[0] != epochs[1] != epochs[2]
+    twins = [next(iter(StreamSamples(source(root, "real"), number=number)))["__key__"] for number in range(6)]
+    assert len(set(twins)) > 1
+    passes = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        samples = iter(StreamSamples(source(root, "real")))
+        passes.append({next(samples)["__key__"] for _ in range(12)})
+    assert not passes[0] & passes[1]
 
 
 # -- where the tars are, and what is wrong with them ------------------------------------------------------------------

@@ -30,6 +30,21 @@ class Batch(NamedTuple):
     skipped: list[str]  # keys of images that could not be read
 
 
+class Wanted(NamedTuple):
+    """A batch to come: its epoch, its positions, and where that begins which the same worker makes next."""
+
+    epoch: int
+    start: int
+    size: int
+    following: int | None
+
+
+def wanted(epoch: int, starts: Sequence[int], size: int, workers: int) -> list[Wanted]:
+    """The batches that begin at `starts`, made by so many workers in turn."""
+    following = [*starts[max(1, workers) :], *[None] * max(1, workers)]
+    return [Wanted(epoch, *place) for place in zip(starts, [size] * len(starts), following, strict=False)]
+
+
 class Requests:
     """The batches to come, as `Slots` takes them; a new list each epoch, so an abandoned iterator keeps its own."""
 
@@ -105,20 +120,18 @@ class Batches(Dataset):
         skip: bool = False,
     ) -> None:
         self.sources, self.schedule, self.size, self.assembly, self.skip = sources, schedule, size, assembly, skip
+        self._next: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def __getitem__(self, request: tuple[int, int, int]) -> Batch | BuilderError:
+    def __getitem__(self, request: Wanted) -> Batch | BuilderError:
         try:
             return self._read(*request)
         except BuilderError as error:
             return error  # raised by the loader: torch would bury the message of a worker in its traceback
 
-    def _read(self, epoch: int, start: int, size: int) -> Batch:
+    def _read(self, epoch: int, start: int, size: int, following: int | None) -> Batch:
         pixels, labels, origin, keys = [], [], [], []
         skipped: list[str] = []
-        streams, rows = self.schedule.batch(epoch, start, size)
-        for number, source in enumerate(self.sources):
-            if source is not None:
-                source.expect(rows[streams == number])
+        streams, rows = self._drawn(epoch, start, size, following)
         for number, row in zip(streams.tolist(), rows.tolist(), strict=True):
             source = self.sources[number]
             assert source is not None
@@ -131,6 +144,19 @@ class Batches(Dataset):
         origins = np.array(origin, np.uint8)
         images = self.assembly(pixels, origins, epoch, start) if pixels else torch.empty(0)
         return Batch(images, torch.tensor(labels), torch.from_numpy(origins), keys, skipped)
+
+    def _drawn(self, epoch: int, start: int, size: int, following: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Streams and rows of a batch. Those of the next one are fetched from the disk while this one is decoded."""
+        drawn = self._next.pop((epoch, start, size), None) or self._expected(epoch, start, size)
+        self._next = {} if following is None else {(epoch, following, size): self._expected(epoch, following, size)}
+        return drawn
+
+    def _expected(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        streams, rows = self.schedule.batch(epoch, start, size)
+        for number, source in enumerate(self.sources):
+            if source is not None:
+                source.expect(rows[streams == number])
+        return streams, rows
 
     def _pixels(
         self, number: int, source: Source, row: int, skipped: list[str], *place: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +40,8 @@ class Columns:
 def read_columns(dataset: Dataset, split: str | None) -> Columns:
     """Of all samples, or of those of one split. BuilderError when there are none."""
     tars: dict[str, int] = {}
-    parts = [_packed(table, tars) for table in _groups(dataset, split) if table.num_rows]
+    parts = [_packed(table, split, tars) for table in _groups(dataset)]
+    parts = [part for part in parts if len(part[0])]
     if not parts:
         raise _nothing(dataset, split)
     keys, *numbers, dimensions = zip(*parts, strict=True)
@@ -61,36 +63,45 @@ def _nothing(dataset: Dataset, split: str | None) -> BuilderError:
     return BuilderError(f"dataset '{dataset.name}' has no sample of the split '{split}'", found)
 
 
-def _groups(dataset: Dataset, split: str | None) -> Iterator[pa.Table]:
+def _groups(dataset: Dataset) -> Iterator[pa.Table]:
+    """The rows in order, about GROUP at a time."""
     waiting: list[pa.Table] = []
     rows = 0
     for _, table in dataset.tables(COLUMNS):
         waiting.append(table)
         rows += len(table)
         if rows >= GROUP:
-            yield _joined(waiting, split)
+            yield pa.concat_tables(waiting, promote_options="default")
             waiting, rows = [], 0
     if waiting:
-        yield _joined(waiting, split)
+        yield pa.concat_tables(waiting, promote_options="default")
 
 
-def _joined(tables: list[pa.Table], split: str | None) -> pa.Table:
-    whole = pa.concat_tables(tables, promote_options="default").combine_chunks()
-    return whole if split is None else whole.filter(pc.fill_null(pc.equal(whole["split"], split), False))
+def _packed(table: pa.Table, split: str | None, tars: dict[str, int]) -> tuple[Any, ...]:
+    """Keys, tar, offset, size, label, hash and bounds of the rows of the split.
 
-
-def _packed(table: pa.Table, tars: dict[str, int]) -> tuple:
-    """Keys, tar, offset, size, label, hash and bounds of the rows; tars that were not met yet get the next number."""
+    Tars that were not met before get the next number.
+    """
+    keys, hashes = table["key"].combine_chunks(), _hashes(table["sha256"].combine_chunks())
+    chosen: Any = slice(None)
+    if split is not None:
+        of_split = pc.fill_null(pc.equal(table["split"], split), False)
+        keys, chosen = keys.filter(of_split.combine_chunks()), of_split.to_numpy()
+    if not len(keys):
+        return (keys,)
     encoded = table["shard"].combine_chunks().dictionary_encode()
-    number = np.array([tars.setdefault(tar, len(tars)) for tar in encoded.dictionary.to_pylist()], np.int32)
-    width, height = table["width"].to_numpy(), table["height"].to_numpy()
+    indices, names = encoded.indices.to_numpy()[chosen], encoded.dictionary.to_pylist()
+    number = np.full(len(names), -1, np.int32)
+    for index in np.unique(indices).tolist():
+        number[index] = tars.setdefault(names[index], len(tars))
+    width, height = (table[side].to_numpy()[chosen] for side in ("width", "height"))
     return (
-        table["key"].combine_chunks(),
-        number[encoded.indices.to_numpy()],
-        table["offset"].to_numpy().astype(np.int64),
-        table["size"].to_numpy().astype(np.int32),
-        table["label"].to_numpy().astype(np.int16),
-        _hashes(table["sha256"].combine_chunks()),
+        keys,
+        number[indices],
+        table["offset"].to_numpy()[chosen].astype(np.int64),
+        table["size"].to_numpy()[chosen].astype(np.int32),
+        table["label"].to_numpy()[chosen].astype(np.int16),
+        hashes[chosen],
         (width.min(), height.min(), width.max(), height.max()),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from builder.errors import BuilderError
-from builder.mixing.batches import Assembly, Batch, Batches, Requests, Transform, unchanged
+from builder.mixing.batches import Assembly, Batch, Batches, Requests, Transform, unchanged, wanted
 from builder.mixing.first_batches import FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.mixture import Reference, Wish, listed, mixture
@@ -196,8 +196,9 @@ class MixedLoader:
             self._go_to(self.epoch + (self._step > 0))
         self._restored = self._asked = False
         first = self._step
-        wanted = [(self.epoch, self._start(step), self.batch_size) for step in range(first, len(self))]
-        self._requests.waiting = self._cursor.requests(wanted) if self._cursor else wanted
+        starts = [self._start(step) for step in range(first, len(self))]
+        to_come = wanted(self.epoch, starts, self.batch_size, self._loader.num_workers)
+        self._requests.waiting = self._cursor.requests(to_come) if self._cursor else to_come
         for step, batch in enumerate(self._received(mine), first):
             if isinstance(batch, BuilderError):
                 # Not `batch` itself: that would tie frame and loader into a cycle.
@@ -375,7 +376,7 @@ class MixedLoader:
         """Where this rank's batch of a step begins; in an epoch other than the current one, as in a whole one."""
         epoch = self.epoch if epoch is None else epoch
         begin = (self._offset if epoch == self.epoch else 0) + step * self._stride
-        if not isinstance(self.schedule, Mix):
+        if self.world == 1 or not isinstance(self.schedule, Mix):
             return begin + self.rank * self.batch_size
         # Else a rank would meet the same part of a quota's period at every step, and so the same few classes.
         turn = keyed_shuffle(self.world, self.seed, "ranks", epoch, begin)[self.rank]

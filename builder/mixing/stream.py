@@ -179,14 +179,14 @@ class Cursor:
         self.positions: list[Positions] = [start] * max(1, batches.workers)
         self.lane = 0  # the worker whose turn it is
 
-    def requests(self, wanted: Sequence[tuple[int, int, int]]) -> list[Request | None]:
-        """What to ask of a DataLoader for the next batches (epoch, start, size each).
+    def requests(self, wanted: Sequence[tuple[int, int, int, int | None]]) -> list[Request | None]:
+        """What to ask of a DataLoader for the next batches: of each epoch, start and size (the rest is passed over).
 
         The items come in order; None before the first are to be passed over, they only keep the workers' turns.
         """
         lanes = len(self.positions)
         requests: list[Request | None] = [None] * self.lane
-        for number, (epoch, start, size) in enumerate(wanted):
+        for number, (epoch, start, size, _) in enumerate(wanted):
             lane = (self.lane + number) % lanes
             requests.append(Request(epoch, start, size, lane, self.positions[lane] if number < lanes else None))
         return requests

@@ -84,7 +84,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine() -> str:
-    models = {line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
     return f"{len(os.sched_getaffinity(0))} cores, {', '.join(sorted(models))}"
 
 
@@ -180,9 +181,8 @@ def repeated(options: argparse.Namespace, folder: Path, cache: str, systems: lis
 
 
 def print_speed(title: str, systems: dict[str, str], runs: dict[str, list[dict]]) -> None:
-    print(
-        f"\n{title}\n| system | samples/s, median (least-largest) | ours is faster by | µs of CPU a sample | first batch, s |"
-    )
+    columns = "system", "samples/s, median (least-largest)", "ours is faster by", "µs of CPU a sample", "first batch, s"
+    print(f"\n{title}\n| {' | '.join(columns)} |")
     print("|---|---|---|---|---|")
     for system, title in systems.items():
         rates, cpu, first = ([run[figure] for run in runs[system]] for figure in ("rate", "cpu", "first"))
@@ -196,9 +196,8 @@ def print_speed(title: str, systems: dict[str, str], runs: dict[str, list[dict]]
     if others:
         fastest = [max(runs[system][repeat]["rate"] for system in others) for repeat in range(len(runs["ours"]))]
         ratios = [run["rate"] / other for run, other in zip(runs["ours"], fastest, strict=True)]
-        print(
-            f"ours against the fastest other of each repeat: {median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
-        )
+        spread = f"{median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"ours against the fastest other of each repeat: {spread}")
     print(flush=True)
 
 
@@ -206,10 +205,8 @@ def ratio_errors(options: argparse.Namespace, usable: dict[str, str]) -> dict[st
     """Synthetic share of every batch, as the training process gets it."""
     folder = options.out / f"{options.samples}-{min(options.sizes)}"
     figures: dict[str, Any] = {}
-    print(
-        f"Synthetic share of {options.ratio_batches} batches of {options.batch_size}: deviation from the ratio asked for"
-    )
-    print("| system | " + " | ".join(f"at {ratio:g}: mean, largest" for ratio in RATIOS) + " |")
+    print(f"Deviation of the synthetic share of {options.ratio_batches} batches of {options.batch_size} from the ratio")
+    print("| system | " + " | ".join(f"at {ratio:g}: mean, largest, share over all" for ratio in RATIOS) + " |")
     print("|---|" + "---|" * len(RATIOS))
     for system, title in usable.items():
         if system == "web":
@@ -220,9 +217,9 @@ def ratio_errors(options: argparse.Namespace, usable: dict[str, str]) -> dict[st
                 options.peers, "run", folder, system, "--shares", "--batches", str(options.ratio_batches),
                 "--batch-size", str(options.batch_size), "--ratio", str(ratio),
             )  # fmt: skip
-            off = np.abs(np.array(shares) - ratio)
-            figures[f"{system} {ratio:g}"] = {"mean": float(off.mean()), "largest": float(off.max())}
-            cells.append(f"{off.mean():.4f}, {off.max():.4f}")
+            off, whole = np.abs(np.array(shares) - ratio), float(np.mean(shares))
+            figures[f"{system} {ratio:g}"] = {"mean": off.mean(), "largest": off.max(), "overall": whole}
+            cells.append(f"{off.mean():.4f}, {off.max():.4f}, {whole:.4f}")
         print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
     least = [min(ratio * options.batch_size % 1, 1 - ratio * options.batch_size % 1) for ratio in RATIOS]
     print(f"(the least that whole samples allow: {', '.join(f'{x / options.batch_size:.4f}' for x in least)})")

@@ -31,13 +31,14 @@ NAMES = ("real", "synthetic")
 CHILD = """
 import json, sys, time
 from pathlib import Path
-import numpy as np, pyarrow.parquet
+import pyarrow.parquet
 from builder.mixing import MixedLoader
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 root, what = sys.argv[1:]
+pyarrow.array([0])  # imports pandas where there is one
 before, began, cpu = resident(), time.perf_counter(), time.process_time()
 loader = MixedLoader(real="real", synthetic="synthetic", ratio=0.25, batch_size={batch}, out=root)
 made = time.perf_counter() - began
@@ -53,7 +54,7 @@ print(json.dumps({{
     "columns": sum(source.nbytes for source in loader.sources),
     "grown": resident() - before, "samples": sum(len(source) for source in loader.sources),
 }}))
-""".format(batch=BATCH, step=RESUMED)
+"""
 
 
 def measure(out: Path, rows: int, repeats: int = 3) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def measure(out: Path, rows: int, repeats: int = 3) -> dict[str, Any]:
 
 def _child(root: Path, what: str) -> Any:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(root), what]
+    command = [sys.executable, "-c", CHILD.format(batch=BATCH, step=RESUMED), str(root), what]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
