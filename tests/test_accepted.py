@@ -43,6 +43,8 @@ from tests import test_job
 from tests.conftest import textured, write_real
 from tests.test_filter import made_up_reference
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 PER_SHARD = 6
 GOOD = Criteria((Range("ssim", low=0.5, reason="ssim < 0.5"),))
 ALL_BUT_TWINS = Criteria(no_duplicates=True)

@@ -28,6 +28,8 @@ pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are no
 
 from tests.object_store import BUCKET, Flaky, s3_server
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 ROOT = f"s3://{BUCKET}"
 
 
