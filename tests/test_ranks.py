@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -479,11 +480,13 @@ def test_a_second_sigterm_is_not_waited_for(spec: JobSpec) -> None:
 
 
 def _tell_the_parent(spec: JobSpec, device: str) -> Maker:
-    """For a worker process: the parent and this worker get SIGTERM in the middle of unit 1, as from SLURM."""
+    """For a worker process: in the middle of unit 1 all of the job gets SIGTERM, as from SLURM."""
+    parent = multiprocessing.parent_process()
+    assert parent and parent.pid
 
     def told(unit: Unit) -> None:
         if unit.number == 1:
-            for process in (os.getppid(), os.getpid()):
+            for process in {parent.pid, os.getppid(), os.getpid()}:  # the second is the fork server, where there is one
                 os.kill(process, signal.SIGTERM)
             time.sleep(0.2)
 
@@ -508,6 +511,7 @@ def test_local_workers_finish_their_units_after_sigterm(spec: JobSpec) -> None:
         local.run(spec, units_of(6), 1, report, load=_tell_the_parent)
         assert stopping.asked()
     assert report.made == there(spec) == [0, 1]
+    assert [sign.left for sign in signs(spec.dataset).values()] == [True]
 
 
 def test_local_gives_up_what_fails_or_kills_three_times_and_goes_on(spec: JobSpec) -> None:
