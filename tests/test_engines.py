@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 import time
@@ -22,10 +21,12 @@ from builder.job.status import job_status
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
+from tests import makers
 from tests.conftest import write_real
 from tests.launched import Launched
+from tests.makers import actor_number, units_of
 from tests.test_job import run, spec_of, tars
-from tests.test_ranks import Heard, Maker, units_of
+from tests.test_ranks import Heard
 
 pytestmark = pytest.mark.usefixtures("references_once")
 
@@ -160,6 +161,7 @@ def test_a_job_that_wants_the_dataset_alone_is_refused_while_ranks_are_at_it_and
 def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # a busy machine takes its time
+        patch.setattr(ray_engine, "LOOK", 0.25)
         ray = pytest.importorskip("ray")
         from ray.cluster_utils import Cluster
 
@@ -173,33 +175,6 @@ def cluster() -> Iterator[Any]:
         found.shutdown()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _until_a_third(spec: JobSpec, device: str) -> Maker:
-    """For an actor: from unit 8 on units take until an actor beyond the first two is there, so that it gets some."""
-
-    def wait(unit: Unit) -> None:
-        time.sleep(0.1)
-        for _ in range(1200):
-            if unit.number < 8 or any(_actor_number(sign) >= 2 for sign in _signs(spec)):
-                return
-            time.sleep(0.1)
-
-    return Maker(spec, wait)
-
-
-def _actor_number(sign: Any) -> int:
-    return int(sign.label.split()[-1])
-
-
-def _cursed(spec: JobSpec, device: str) -> Maker:
-    def cursed(unit: Unit) -> None:
-        if unit.number == 1:
-            raise RuntimeError("cursed")
-        if unit.number == 2:
-            os._exit(9)
-
-    return Maker(spec, cursed)
 
 
 def test_ray_gives_the_bytes_of_one_process(cluster: Any, spec: JobSpec, made: JobSpec) -> None:
@@ -228,16 +203,16 @@ def test_ray_survives_a_lost_node_and_takes_in_a_new_one(cluster: Any, spec: Job
                 cluster.add_node(num_cpus=1)
 
     report: Any = Disturbing()
-    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=_until_a_third)
+    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=makers.waits_for_a_third)
     assert changes == ["removed", "added"]
     assert sorted(report.made) == spec.dataset.shard_numbers() == list(range(24))
     assert report.given_up == {}
-    assert any(_actor_number(sign) >= 2 and sign.units for sign in _signs(spec)), "the new node worked, too"
+    assert any(actor_number(sign.label) >= 2 and sign.units for sign in _signs(spec)), "the new node worked, too"
 
 
 def test_ray_gives_up_what_fails_or_kills_three_times_and_goes_on(cluster: Any, spec: JobSpec) -> None:
     report: Any = Heard()
-    ray_engine.run(spec, units_of(4), 1, report, address=cluster.address, load=_cursed)
+    ray_engine.run(spec, units_of(4), 1, report, address=cluster.address, load=makers.fails_or_dies)
     assert spec.dataset.shard_numbers() == [0, 3]
     assert "cursed" in report.given_up[1]
     assert sorted(report.given_up) == [1, 2]
