@@ -1,16 +1,21 @@
-"""A job in a process of its own, as torchrun, SLURM or a shell would start it.
+"""Processes as torchrun, SLURM or a shell would start them.
 
-The process is forked by the server that forks local workers, too: it has loaded torch and diffusers, for which every
-process would need seconds, and nothing else. Signals, environment, exit code and death are those of any process.
+They are forked by the server that forks local workers, too: it has loaded torch and diffusers, for which every process
+would need seconds, and nothing else. Signals, environment, exit code and death are those of any process.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
 
 from builder.errors import Terminated
 from builder.job.engines.local import context_of
@@ -20,8 +25,39 @@ from builder.job.until_accepted import run_until_accepted
 from builder.shards.criteria import Criteria
 
 
+def torchrun(function: Callable[..., None], *words: Any, world: int = 2) -> None:
+    """Run `function(*words)`, of a module, in `world` processes that torchrun would have told of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        environ = {**os.environ, **master, **place}
+        processes.append(context_of("cpu").Process(target=_called, args=(function, words, environ), daemon=True))
+        processes[-1].start()
+    for process in processes:
+        process.join(600)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * world, "what they said is on stderr"
+
+
+def _called(function: Callable[..., None], words: Sequence[Any], environ: dict[str, str]) -> None:
+    as_if_new(environ)
+    torch.set_num_threads(1)
+    function(*words)
+
+
+def as_if_new(environ: dict[str, str]) -> None:
+    """Signals and environment as a shell's child has them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environ)
+
+
 class Launched:
-    """The first `count` images of `spec`, or with `where` until so many images pass it; `environ` is what is added."""
+    """A job: the first `count` images of `spec`, or with `where` until so many pass it; `environ` is what is added."""
 
     def __init__(
         self, spec: JobSpec, environ: dict[str, str], engine: str, count: int, *, grace: float = 30, where: str = ""
@@ -60,10 +96,7 @@ class Launched:
 def _job(
     spec: JobSpec, environ: dict[str, str], engine: str, count: int, grace: float, where: str, says: Connection
 ) -> None:  # fmt: skip
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(environ)
+    as_if_new(environ)
     how = {"lineage": {}, "licence": {}, "engine": engine, "workers": 1, "say": says.send, "grace": grace}
     try:
         if where:

@@ -133,7 +133,7 @@ SMALL = """
 extends: ablation-demo
 model: {{base: {base}, base_lineage: public, lora: {{rank: 2}}}}
 train:
-  {{size: 16, steps: 2, batch_size: 4, warmup_steps: 1, checkpoint_every: 2, evaluate_images: 6}}
+  {{size: 16, steps: 2, batch_size: 4, warmup_steps: 1, checkpoint_every: 2, evaluate_images: 3}}
 sample: {{size: 16, steps: 2, batch_size: 6}}
 ablation: {{pretrain: "", guidance: [1, 6], perceptual_weight: [0.0, 0.1], method: [full, lora]}}
 """

@@ -126,7 +126,7 @@ def test_a_config_from_scratch_trains_and_draws_in_small(name: str, builder, tmp
     from tests.test_models import ARCHITECTURE
 
     config = load_config(name)
-    real = write_real(tmp_path, size=16, classes=config.classes)
+    real = write_real(tmp_path, per_phase=6, size=16, classes=config.classes)
     parts = {**ARCHITECTURE, "scheduler": config.model.architecture["scheduler"]}
     small = [*SMALL, *(f"model.architecture.{part}={json.dumps(value)}" for part, value in parts.items())]
     small += ["train.size=16", "sample.size=16", f"checkpoint=checkpoints/{name}"]  # the name 'demo' is the shipped one
