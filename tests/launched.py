@@ -50,8 +50,7 @@ def _called(function: Callable[..., None], words: Sequence[Any], environ: dict[s
 
 def as_if_new(environ: dict[str, str]) -> None:
     """Signals and environment as a shell's child has them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environ)
 

@@ -542,6 +542,7 @@ def test_wrong_use_is_refused_before_anything_is_made(shards, tmp_path: Path, mo
 # -- the real worker and its engines ----------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 def test_every_engine_and_a_killed_run_accept_the_same(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ def through(builder, config: Config, small: list[str], real: str) -> dict[str, A
     return info
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", FINE_TUNING)
 def test_a_fine_tuning_config_trains_and_draws_in_small(name: str, builder, tmp_path: Path) -> None:
     config = load_config(name)
@@ -121,6 +122,7 @@ def test_a_fine_tuning_config_trains_and_draws_in_small(name: str, builder, tmp_
     assert info["config"]["sample"]["size"] == 64
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_a_config_from_scratch_trains_and_draws_in_small(name: str, builder, tmp_path: Path) -> None:
     from tests.test_models import ARCHITECTURE

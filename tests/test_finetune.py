@@ -468,6 +468,7 @@ def test_mixed_precision_trains(bases: dict[str, Path], clinic: Dataset, tmp_pat
 # -- overfit ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 def test_eight_crops_are_learned(tmp_path: Path) -> None:
     """The loss falls, and samples come to lie near the crops they were learned from."""
     steps, dataset = 180, write_real(tmp_path, per_phase=4, size=32)

@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from logging.handlers import QueueHandler
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -30,6 +31,7 @@ from builder.job.presence import Presence
 from builder.job.spec import JobSpec
 
 log = logging.getLogger(__name__)
+INTERRUPTS = signal.SIGINT, signal.SIGTERM
 Context = multiprocessing.context.SpawnContext | multiprocessing.context.ForkServerContext
 
 
@@ -57,6 +59,14 @@ def context_of(device: str) -> Context:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["builder.job.engines.preload"])
+    # A terminal and SLURM send their signals to every process of a job. The server, which inherits this mask, has to
+    # outlive them: workers finish what they have in hand, and only it hears how they end. It leaves with its last user.
+    resource_tracker.ensure_running()  # the server's start sees to it, and would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
@@ -200,8 +210,8 @@ def _work(spec: JobSpec, number: int, connection: Connection, load: Load, enviro
     """A worker process: load once, then a unit at a time until None comes or the parent is gone."""
     os.environ.clear()
     os.environ.update(environ)
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # a terminal and SLURM send them to every process of the job;
-        signal.signal(interrupt, signal.SIG_IGN)  # the parent hears them, too, and stops its workers in its own time
+    for interrupt in INTERRUPTS:  # a terminal and SLURM send them to every process of the job; the parent
+        signal.signal(interrupt, signal.SIG_IGN)  # hears them, too, and stops its workers in its own time
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.basicConfig(handlers=[_ToParent(connection)], level=logging.INFO)  # type: ignore[arg-type]
     try:
