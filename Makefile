@@ -34,7 +34,7 @@ sheet: $(READY)  ## draw a contact sheet
 	$(RUN)/builder sheet $(NAME) --out $(OUT) $(ARGS)
 
 test: $(READY)  ## run the test suite and print its coverage
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(ARGS)
 
 chaos: $(READY)  ## kill the job at random moments and at every step of the commit; the shards must not differ
 	$(RUN)/python -m tests.acceptance.chaos $(ARGS)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from builder.cli import main
+from builder.config import ScoreConfig
 from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
@@ -105,6 +107,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def known_references() -> dict[str, Any]:
+    """References that jobs of this session have built, by what they are made from."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def references_once(known_references: dict[str, Any]) -> Iterator[None]:
+    """Jobs on the same crops with the same settings share what they measure by: most of a small job's time goes there.
+
+    How a reference is built, and that it is always the same, is what test_quality and test_reference are about.
+    """
+    from builder.job import run as module
+
+    build = module.build_reference
+
+    def once(real: Dataset, config: ScoreConfig, codes: Sequence[str], **settings: Any) -> Any:
+        rows = real.table(["key", "phase", "patient", "split", "sha256"]).to_pylist()
+        made_from = repr((real.name, rows, config, list(codes), settings))
+        if made_from not in known_references:
+            known_references[made_from] = build(real, config, codes, **settings)
+        return known_references[made_from]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "build_reference", once)
+        yield
 
 
 @pytest.fixture(scope="session")

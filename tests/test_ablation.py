@@ -133,7 +133,7 @@ SMALL = """
 extends: ablation-demo
 model: {{base: {base}, base_lineage: public, lora: {{rank: 2}}}}
 train:
-  {{size: 16, steps: 2, batch_size: 4, warmup_steps: 1, checkpoint_every: 2, evaluate_images: 6}}
+  {{size: 16, steps: 2, batch_size: 4, warmup_steps: 1, checkpoint_every: 2, evaluate_images: 3}}
 sample: {{size: 16, steps: 2, batch_size: 6}}
 ablation: {{pretrain: "", guidance: [1, 6], perceptual_weight: [0.0, 0.1], method: [full, lora]}}
 """
@@ -154,6 +154,7 @@ def small(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.no_cover
 def test_a_grid_is_trained_drawn_measured_and_reported(small: Path, builder, tmp_path: Path) -> None:
     said = ran(builder("ablate", small))
     folder = tmp_path / "checkpoints" / "small"
@@ -223,6 +224,7 @@ def test_the_base_is_trained_first_where_it_is_missing(small: Path, builder, tmp
     assert "the base: training" not in ran(builder("ablate", small, *words))
 
 
+@pytest.mark.no_cover
 def test_the_sdxl_study_runs_on_its_layout(builder, tmp_path: Path) -> None:
     """configs/ablation.yaml itself, at SDXL's layout and a fraction of its width, with an installed perceptual net."""
     real = write_real(tmp_path, size=48)

@@ -43,6 +43,8 @@ from tests import test_job
 from tests.conftest import textured, write_real
 from tests.test_filter import made_up_reference
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 PER_SHARD = 6
 GOOD = Criteria((Range("ssim", low=0.5, reason="ssim < 0.5"),))
 ALL_BUT_TWINS = Criteria(no_duplicates=True)
@@ -540,6 +542,7 @@ def test_wrong_use_is_refused_before_anything_is_made(shards, tmp_path: Path, mo
 # -- the real worker and its engines ----------------------------------------------------------------------------------
 
 
+@pytest.mark.no_cover
 def test_every_engine_and_a_killed_run_accept_the_same(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

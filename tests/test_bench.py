@@ -41,7 +41,7 @@ TINY = ["--set", "sample.size=16", "--set", "sample.steps=2", "--set", "sample.b
         "--set", "score.ssim_size=64", "--set", "score.panel=2"]  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "references_once")
 
 
 @pytest.fixture(scope="module")

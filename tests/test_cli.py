@@ -19,6 +19,8 @@ from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
 from tests.conftest import Result, textured, write_real
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 TINY = """
 name: tiny
 real: clinic

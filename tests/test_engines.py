@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import pickle
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from builder.config import ShardsConfig
 from builder.errors import BuilderError
 from builder.job.engines import ray as ray_engine
 from builder.job.plan import Unit
@@ -23,35 +21,16 @@ from builder.job.status import job_status
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
+from tests import makers
 from tests.conftest import write_real
+from tests.launched import Launched
+from tests.makers import actor_number, units_of
 from tests.test_job import run, spec_of, tars
-from tests.test_ranks import Heard, Maker, units_of
+from tests.test_ranks import Heard
+
+pytestmark = pytest.mark.usefixtures("references_once")
 
 COUNT = 20  # images: three units
-
-JOB = """
-import pickle, sys
-from builder.errors import Terminated
-from builder.job.run import run_job
-from builder.job.until_accepted import run_until_accepted
-from builder.shards.criteria import Criteria
-
-if __name__ == "__main__":
-    with open(sys.argv[1], "rb") as file:
-        spec = pickle.load(file)
-    how = dict(
-        lineage={}, licence={}, engine=sys.argv[3], workers=1, say=lambda said: print(said, flush=True),
-        grace=float(sys.argv[4]),
-    )
-    try:
-        if where := sys.argv[5]:
-            outcome = run_until_accepted(spec, int(sys.argv[2]), lambda _: Criteria(where=where), **how).raw
-        else:
-            outcome = run_job(spec, int(sys.argv[2]), **how)
-    except Terminated as end:
-        sys.exit(end.exit_code)
-    sys.exit(1 if outcome.failed else 0)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +50,8 @@ def spec(made: JobSpec, tmp_path: Path) -> JobSpec:
 
 def start(
     spec: JobSpec, environ: dict[str, str], engine: str = "auto", count: int = COUNT, grace: float = 30, where: str = ""
-) -> Any:
-    """The job in a process of its own, as a launcher would start it; until `count` images pass `where`, if given."""
-    folder = Path(spec.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.py").write_text(JOB)
-    (folder / "spec.pickle").write_bytes(pickle.dumps(spec))
-    return subprocess.Popen(
-        [sys.executable, "-u", str(folder / "job.py"), str(folder / "spec.pickle"), str(count), engine, str(grace),
-         where],
-        env={**os.environ, **environ}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+) -> Launched:
+    return Launched(spec, environ, engine, count, grace=grace, where=where)
 
 
 def torchrun(rank: int, world: int) -> dict[str, str]:
@@ -95,16 +65,9 @@ def array(task: int, tasks: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def ended(jobs: list[Any]) -> list[int]:
-    codes = []
+def ended(jobs: list[Launched]) -> None:
     for job in jobs:
-        try:
-            _, errors = job.communicate(timeout=600)
-        finally:
-            job.kill()
-        assert job.returncode == 0, errors
-        codes.append(job.returncode)
-    return codes
+        assert job.exit_code() == 0, job.last_words()
 
 
 def same(spec: JobSpec, made: JobSpec) -> None:
@@ -132,13 +95,14 @@ def test_launched_ranks_give_the_bytes_of_one_process(
 def test_ranks_go_through_the_rounds_of_until_accepted_together(spec: JobSpec, tmp_path: Path) -> None:
     """Which images are accepted, and how far the plan goes for them, is the same from ranks and from one process."""
     where = "index % 3 = 0 or (\"index\" % 2 = 0 and phase <> 'P')"
+    spec = dataclasses.replace(spec, config=dataclasses.replace(spec.config, shards=ShardsConfig(images_per_shard=4)))
     alone = dataclasses.replace(spec, out=str(tmp_path / "alone"))
-    ended([start(alone, {}, "inline", 24, where=where)])
-    ended([start(spec, torchrun(rank, 2), count=24, where=where) for rank in range(2)])
+    ended([start(alone, {}, "inline", 12, where=where)])
+    ended([start(spec, torchrun(rank, 2), count=12, where=where) for rank in range(2)])
     assert tars(spec.out) == tars(alone.out)
     one, two = (Dataset(f"{each.name}-accepted", Storage(each.out)) for each in (alone, spec))
     assert one.info["state"] == two.info["state"] == "complete" and verify_dataset(two) == []
-    assert one.table(["key"]) == two.table(["key"]) and one.table(["key"]).num_rows == 24
+    assert one.table(["key"]) == two.table(["key"]) and one.table(["key"]).num_rows == 12
     assert spec.dataset.info["state"] == "complete" and spec.dataset.info["count"] == alone.dataset.info["count"]
 
 
@@ -147,13 +111,12 @@ def test_killed_in_one_engine_and_continued_by_another(spec: JobSpec, made: JobS
     job = start(spec, torchrun(0, 2))
     try:
         for _ in range(6000):
-            if spec.dataset.shard_numbers() or job.poll() is not None:
+            if spec.dataset.shard_numbers() or not job.process.is_alive():
                 break
             time.sleep(0.02)
     finally:
-        job.kill()
-        job.communicate()
-    assert job.returncode == -signal.SIGKILL
+        job.process.kill()
+    assert job.exit_code() == -signal.SIGKILL, job.last_words()
     status = job_status(spec.dataset)
     assert not status.complete
     assert (status.units, status.images, status.failed) == (3, COUNT, {})
@@ -166,12 +129,10 @@ def test_killed_in_one_engine_and_continued_by_another(spec: JobSpec, made: JobS
 
 def test_sigterm_ends_a_rank_after_its_unit_with_143(spec: JobSpec, made: JobSpec) -> None:
     job = start(spec, torchrun(0, 2), grace=600)
-    for line in job.stdout:
-        if "images on" in line:  # the plan is said: the first unit comes next
-            break
-    job.terminate()
-    _, errors = job.communicate(timeout=600)
-    assert job.returncode == 143, errors
+    while "images on" not in job.hear():  # the plan is said: the first unit comes next
+        pass
+    job.process.terminate()
+    assert job.exit_code() == 143, job.last_words()
     assert spec.dataset.storage.list(f"manifests/{spec.name}/job/claims") == []
     assert all(sign.left for sign in _signs(spec))
     ended([start(spec, {}, "inline")])
@@ -200,6 +161,7 @@ def test_a_job_that_wants_the_dataset_alone_is_refused_while_ranks_are_at_it_and
 def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_register_timeout_seconds", "600")  # a busy machine takes its time
+        patch.setattr(ray_engine, "LOOK", 0.25)
         ray = pytest.importorskip("ray")
         from ray.cluster_utils import Cluster
 
@@ -213,33 +175,6 @@ def cluster() -> Iterator[Any]:
         found.shutdown()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _until_a_third(spec: JobSpec, device: str) -> Maker:
-    """For an actor: from unit 8 on units take until an actor beyond the first two is there, so that it gets some."""
-
-    def wait(unit: Unit) -> None:
-        time.sleep(0.1)
-        for _ in range(1200):
-            if unit.number < 8 or any(_actor_number(sign) >= 2 for sign in _signs(spec)):
-                return
-            time.sleep(0.1)
-
-    return Maker(spec, wait)
-
-
-def _actor_number(sign: Any) -> int:
-    return int(sign.label.split()[-1])
-
-
-def _cursed(spec: JobSpec, device: str) -> Maker:
-    def cursed(unit: Unit) -> None:
-        if unit.number == 1:
-            raise RuntimeError("cursed")
-        if unit.number == 2:
-            os._exit(9)
-
-    return Maker(spec, cursed)
 
 
 def test_ray_gives_the_bytes_of_one_process(cluster: Any, spec: JobSpec, made: JobSpec) -> None:
@@ -268,16 +203,16 @@ def test_ray_survives_a_lost_node_and_takes_in_a_new_one(cluster: Any, spec: Job
                 cluster.add_node(num_cpus=1)
 
     report: Any = Disturbing()
-    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=_until_a_third)
+    ray_engine.run(spec, units_of(24), 0, report, address=cluster.address, load=makers.waits_for_a_third)
     assert changes == ["removed", "added"]
     assert sorted(report.made) == spec.dataset.shard_numbers() == list(range(24))
     assert report.given_up == {}
-    assert any(_actor_number(sign) >= 2 and sign.units for sign in _signs(spec)), "the new node worked, too"
+    assert any(actor_number(sign.label) >= 2 and sign.units for sign in _signs(spec)), "the new node worked, too"
 
 
 def test_ray_gives_up_what_fails_or_kills_three_times_and_goes_on(cluster: Any, spec: JobSpec) -> None:
     report: Any = Heard()
-    ray_engine.run(spec, units_of(4), 1, report, address=cluster.address, load=_cursed)
+    ray_engine.run(spec, units_of(4), 1, report, address=cluster.address, load=makers.fails_or_dies)
     assert spec.dataset.shard_numbers() == [0, 3]
     assert "cursed" in report.given_up[1]
     assert sorted(report.given_up) == [1, 2]

@@ -19,6 +19,8 @@ from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset, find_dataset
 from tests.conftest import write_real
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 PROMPTS = {phase.code: phase.prompt for phase in HEALING_PHASES}
 TRAIN_PATIENT, VAL_PATIENT = "49" + f"{0:030x}", "49" + f"{4:030x}"
 LONG = "PHASE_I, open wound of the foot with red swollen margins and moist yellow slough in a deep bed"

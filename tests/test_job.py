@@ -32,6 +32,8 @@ from builder.shards.storage import Storage
 from builder.shards.verify import verify_dataset
 from builder.shards.writer import write_manifest
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 CONFIG = Config(
     name="tiny",
     sample=SampleConfig(size=16, steps=2, batch_size=4),
@@ -272,20 +274,23 @@ def test_a_killed_worker_is_replaced(spec: JobSpec, tmp_path: Path) -> None:
 
 
 ORPHANS = """
-import os, pickle, sys, threading
-from builder.job.run import Estimate, run_job
+import multiprocessing, pickle, sys, threading, time
+from builder.job.engines import local
+from builder.job.plan import Unit
 
 def report():
-    import multiprocessing
     while len(children := multiprocessing.active_children()) < 2:
-        pass
+        time.sleep(0.01)
     print(*(child.pid for child in children), flush=True)
+
+def for_ever(spec, device):
+    time.sleep(3600)
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         spec = pickle.load(file)
     threading.Thread(target=report, daemon=True).start()
-    run_job(spec, 100_000, lineage={}, licence={}, engine="local", workers=2, say=lambda _: None)
+    local.run(spec, [Unit(0, 0, 8), Unit(1, 8, 16)], 2, None, load=for_ever)
 """
 
 

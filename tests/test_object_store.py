@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,11 @@ from tests.test_job import run, spec_of
 pytest.importorskip("s3fs", reason="the extra [s3] is not installed")
 pytest.importorskip("moto.server", reason="moto[s3], flask and flask-cors are not installed")
 
+from botocore.retries.standard import ExponentialBackoff
+
 from tests.object_store import BUCKET, Flaky, s3_server
+
+pytestmark = pytest.mark.usefixtures("references_once")
 
 ROOT = f"s3://{BUCKET}"
 
@@ -46,6 +51,8 @@ def s3(server: tuple[str, Flaky], monkeypatch: pytest.MonkeyPatch) -> Iterator[F
         ("AWS_DEFAULT_REGION", "us-east-1"), ("AWS_EC2_METADATA_DISABLED", "true"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
+    wait = ExponentialBackoff.delay_amount
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: wait(self, context) / 20)
     forget_clients()
     yield flaky
     flaky.share = 0.0
@@ -211,16 +218,18 @@ def commands(builder, root: str, real: Path) -> None:
     for workers in (0, 1):  # a forked worker needs connections of its own
         if workers and root.startswith("memory"):
             continue
-        loader = MixedLoader(
-            str(real / "shards/clinic"), f"{root}/manifests/seen", ratio=0.5, batch_size=4, size=16, workers=workers,
-            allow_leak="a test",
-        )  # fmt: skip
-        assert next(iter(loader))[0].shape == (4, 3, 16, 16)
+        assert first_images(str(real / "shards/clinic"), f"{root}/manifests/seen", workers).shape == (4, 3, 16, 16)
     assert builder("sheet", "kept", "--to", "sheet.png", *at).code == 0
     assert builder("rm", "tiny-IPR", "--yes", *at).code == 2  # a view reads it
     for name in ("seen", "kept", "tiny-IPR"):
         assert builder("rm", name, "--yes", *at).code == 0
     assert "no datasets" in builder("list", *at).output
+
+
+def first_images(real: str, synthetic: str, workers: int) -> Any:
+    """Of a loader that is gone, with its workers, when this returns."""
+    loader = MixedLoader(real, synthetic, ratio=0.5, batch_size=4, size=16, workers=workers, allow_leak="a test")
+    return next(iter(loader))[0]
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------

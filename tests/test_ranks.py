@@ -29,9 +29,9 @@ from builder.job.launch import Place, place_of
 from builder.job.plan import Plan, Unit
 from builder.job.presence import Presence, Watch, died_here, process_name, read_sign, signs
 from builder.job.spec import JobSpec
-from builder.shards.storage import Storage
-from builder.shards.writer import Sample, encode_png, image_row, manifest_path, write_shard
-from tests.conftest import textured
+from builder.shards.writer import manifest_path
+from tests import makers
+from tests.makers import Maker, units_of
 
 SILENCE = 0.3  # s after which a worker is taken for dead here
 POLL = 0.02
@@ -43,23 +43,6 @@ def spec(tmp_path: Path) -> JobSpec:
         config=Config(), plan=Plan.of("IPR"), name="x", out=str(tmp_path), checkpoint="none", checkpoint_sha256="",
         dtype="float32", real=None, real_out="",
     )  # fmt: skip
-
-
-class Maker:
-    """Commits one picture a unit; `before(unit)` may raise, wait or count."""
-
-    def __init__(self, spec: JobSpec, before: Callable[[Unit], None]) -> None:
-        self.spec, self.before = spec, before
-
-    def make(self, unit: Unit, on_batch: Callable[[int], None]) -> int:
-        on_batch(1)
-        self.before(unit)
-        pixels = textured(unit.number, 8)
-        row = image_row(f"{self.spec.name}-I-{unit.number:08d}", "I", 0, "synthetic", pixels)
-        metadata = {"start": str(unit.start), "stop": str(unit.stop)}
-        sample = Sample(row, encode_png(pixels))
-        write_shard(Storage(self.spec.out), self.spec.name, unit.number, [sample], metadata, shared=True)
-        return 0
 
 
 class Heard:
@@ -116,10 +99,6 @@ class Recorded:
     def failed(self, unit: Unit, reason: str) -> None:
         self._report.failed(unit, reason)
         self._failures.record(unit, reason)
-
-
-def units_of(count: int) -> list[Unit]:
-    return [Unit(number, number, number + 1) for number in range(count)]
 
 
 def there(spec: JobSpec) -> list[int]:
@@ -478,41 +457,18 @@ def test_a_second_sigterm_is_not_waited_for(spec: JobSpec) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _tell_the_parent(spec: JobSpec, device: str) -> Maker:
-    """For a worker process: the parent and this worker get SIGTERM in the middle of unit 1, as from SLURM."""
-
-    def told(unit: Unit) -> None:
-        if unit.number == 1:
-            for process in (os.getppid(), os.getpid()):
-                os.kill(process, signal.SIGTERM)
-            time.sleep(0.2)
-
-    return Maker(spec, told)
-
-
-def _broken_unit(spec: JobSpec, device: str) -> Maker:
-    """For a worker process: unit 1 raises, unit 2 kills the process."""
-
-    def broken(unit: Unit) -> None:
-        if unit.number == 1:
-            raise RuntimeError("cursed")
-        if unit.number == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return Maker(spec, broken)
-
-
 def test_local_workers_finish_their_units_after_sigterm(spec: JobSpec) -> None:
     report: Any = Heard()
     with stopping.graceful(60):
-        local.run(spec, units_of(6), 1, report, load=_tell_the_parent)
+        local.run(spec, units_of(6), 1, report, load=makers.tells_all_to_end)
         assert stopping.asked()
     assert report.made == there(spec) == [0, 1]
+    assert [sign.left for sign in signs(spec.dataset).values()] == [True]
 
 
 def test_local_gives_up_what_fails_or_kills_three_times_and_goes_on(spec: JobSpec) -> None:
     report: Any = Heard()
-    local.run(spec, units_of(4), 1, report, load=_broken_unit)
+    local.run(spec, units_of(4), 1, report, load=makers.fails_or_dies)
     assert there(spec) == [0, 3]
     assert "cursed" in report.given_up[1]
     assert "died (exit code -9)" in report.given_up[2]

@@ -38,6 +38,10 @@ def reference(real: Dataset) -> Reference:
     return build_reference(real, SMALL, "IPR", progress=False)
 
 
+def test_a_reference_is_always_the_same(real: Dataset, reference: Reference) -> None:
+    assert build_reference(real, SMALL, "IPR", progress=False).to_json() == reference.to_json()
+
+
 def rows_of(*patients: str) -> list[dict[str, str]]:
     return [{"key": f"{number}{patient}", "patient": patient, "source": ""} for number, patient in enumerate(patients)]
 

@@ -19,6 +19,8 @@ from builder.shards.writer import manifest_path, tar_path
 from tests.conftest import write_real
 from tests.test_job import run, spec_of, tars
 
+pytestmark = pytest.mark.usefixtures("references_once")
+
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -36,7 +36,7 @@ from tests.test_sampling import REQUESTS, tiny_pipeline, tiny_sampler
 EVERYTHING = [0.0, 1000.0]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "references_once")
 
 
 @pytest.fixture

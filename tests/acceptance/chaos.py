@@ -242,9 +242,10 @@ class Chaos:
     def _worker(self, engine: str, jobs: list[subprocess.Popen[bytes]]) -> int | None:
         """A process to kill of those that make units; of ranks one must be left, or it is no single worker."""
         if engine == "local":
-            children = Path(f"/proc/{jobs[0].pid}/task/{jobs[0].pid}/children")
-            workers = [int(word) for word in children.read_text().split()] if children.exists() else []
-            workers = [pid for pid in workers if b"spawn_main" in _command_line(pid)]
+            children = _children(jobs[0].pid)
+            workers = [pid for pid in children if b"spawn_main" in _command_line(pid)]
+            for server in [pid for pid in children if b"forkserver" in _command_line(pid)]:
+                workers += _children(server)
         else:
             workers = [job.pid for job in jobs if job.poll() is None]
             workers = workers if len(workers) > 1 else []
@@ -285,6 +286,13 @@ def _kill_group(job: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
     job.wait()
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def _command_line(pid: int) -> bytes:

@@ -7,20 +7,23 @@ unit goes back into the queue; a unit that fails three times is given up and the
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import suppress
 from logging.handlers import QueueHandler
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from builder.errors import BuilderError
 from builder.job import stopping
+from builder.job.devices import device_kind, prepare
 from builder.job.engines import Load, Report, load_worker
 from builder.job.failures import MAX_FAILURES
 from builder.job.plan import Unit
@@ -28,7 +31,8 @@ from builder.job.presence import Presence
 from builder.job.spec import JobSpec
 
 log = logging.getLogger(__name__)
-_context = multiprocessing.get_context("spawn")  # CUDA and torch threads do not survive a fork
+INTERRUPTS = signal.SIGINT, signal.SIGTERM
+Context = multiprocessing.context.SpawnContext | multiprocessing.context.ForkServerContext
 
 
 def run(
@@ -44,15 +48,38 @@ def run(
         pool.stop()
 
 
+def context_of(device: str) -> Context:
+    """How workers for devices of this kind are started.
+
+    On the CPU by a fork server, which loads torch and diffusers once for all of them: seconds of a core and hundreds
+    of MB, which each would need again. CUDA does not survive a fork, and an optional package may begin it while it is
+    loaded; macOS' own libraries don't survive one either. There each worker starts anew.
+    """
+    if device != "cpu" or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["builder.job.engines.preload"])
+    # A terminal and SLURM send their signals to every process of a job. The server, which inherits this mask, has to
+    # outlive them: workers finish what they have in hand, and only it hears how they end. It leaves with its last user.
+    resource_tracker.ensure_running()  # the server's start sees to it, and would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 class _Process:
     """A worker process, the pipe to it, and the unit it holds."""
 
-    def __init__(self, spec: JobSpec, number: int, load: Load) -> None:
+    def __init__(self, spec: JobSpec, number: int, load: Load, context: Context) -> None:
         self.number = number
         self.unit: Unit | None = None
         self.unit_images = 0
-        self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=_work, args=(spec, number, theirs, load), daemon=True)
+        self.connection, theirs = context.Pipe()
+        words = spec, number, theirs, load, dict(os.environ)  # a fork server knows the variables of its own start only
+        self.process = context.Process(target=_work, args=words, daemon=True)
         self.process.start()
         theirs.close()  # so that the worker's death reads as end of file here
 
@@ -85,9 +112,10 @@ class _Pool:
         self.workers: list[_Process] = []
         self.failures: Counter[int] = Counter()  # by unit
         self.failed_loads: Counter[int] = Counter()  # by worker, in a row
+        self.context = context_of(device_kind())
 
     def start(self, number: int) -> None:
-        self.workers.append(_Process(self.spec, number, self.load))
+        self.workers.append(_Process(self.spec, number, self.load, self.context))
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -178,14 +206,14 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(spec: JobSpec, number: int, connection: Connection, load: Load) -> None:
+def _work(spec: JobSpec, number: int, connection: Connection, load: Load, environ: dict[str, str]) -> None:
     """A worker process: load once, then a unit at a time until None comes or the parent is gone."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # a terminal and SLURM send them to every process of the job;
-        signal.signal(interrupt, signal.SIG_IGN)  # the parent hears them, too, and stops its workers in its own time
+    os.environ.clear()
+    os.environ.update(environ)
+    for interrupt in INTERRUPTS:  # a terminal and SLURM send them to every process of the job; the parent
+        signal.signal(interrupt, signal.SIG_IGN)  # hears them, too, and stops its workers in its own time
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     logging.basicConfig(handlers=[_ToParent(connection)], level=logging.INFO)  # type: ignore[arg-type]
-    from builder.job.devices import prepare
-
     try:
         device = prepare(number)
         worker = load(spec, device)
