@@ -12,12 +12,10 @@ seed the intervals are of patients alone. They are not widened for the number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import sklearn
-from sklearn.metrics import cohen_kappa_score, precision_recall_fscore_support
 
 from builder.quality.sets.bootstrap import interval, patient_counts
 
@@ -30,53 +28,47 @@ def names_of(codes: Sequence[str]) -> list[str]:
     return [MACRO_F1, KAPPA, *(f"recall_{code}" for code in codes)]
 
 
-def figures_of(confusion: np.ndarray) -> np.ndarray:
-    """Figures, in the order of `names_of`, of a table of counts [true, predicted]: float [2 + classes].
+def figures_of(tables: np.ndarray) -> np.ndarray:
+    """Figures, in the order of `names_of`, of tables of counts [..., true, predicted]: float [..., 2 + classes].
 
-    Macro-F1 is over the classes that have crops (a resample may lack a rare one); the recall of another one is NaN.
+    What sklearn.metrics' f1_score, cohen_kappa_score and recall_score say of the same crops (a test compares them);
+    those take one list of crops at a time, and thousands of resamples would take minutes. Macro-F1 is over the classes
+    that have crops (a resample may lack a rare one); the recall of another one is NaN, and so is kappa where one class
+    alone is there and seen.
     """
-    true, predicted = (axis.ravel() for axis in np.indices(confusion.shape))
-    weights = confusion.ravel()
-    there = np.flatnonzero(confusion.sum(1))
-    _, recall, f1, _ = precision_recall_fscore_support(
-        true, predicted, labels=there, sample_weight=weights, zero_division=0
-    )
-    recalls = np.full(len(confusion), np.nan)
-    recalls[there] = recall
-    return np.array([f1.mean(), cohen_kappa_score(true, predicted, sample_weight=weights), *recalls])
+    right = np.diagonal(tables, axis1=-2, axis2=-1).astype(float)
+    true, seen, total = tables.sum(-1), tables.sum(-2), tables.sum((-2, -1))
+    with np.errstate(invalid="ignore"):
+        recall, f1 = right / true, 2 * right / (true + seen)
+        agreed, by_chance = right.sum(-1) / total, (true * seen).sum(-1) / total**2
+        kappa = (agreed - by_chance) / (1 - by_chance)
+    macro = np.nanmean(np.where(true > 0, f1, np.nan), -1)
+    return np.concatenate([macro[..., None], kappa[..., None], recall], -1)
 
 
 def summarise(
-    tables: Mapping[float, np.ndarray], codes: Sequence[str], replicates: int, seed: int = 0,
-    tick: Callable[[], object] = lambda: None,
-) -> dict[float, dict[str, Any]]:  # fmt: skip
+    tables: Mapping[float, np.ndarray], codes: Sequence[str], replicates: int, seed: int = 0
+) -> dict[float, dict[str, Any]]:
     """Figures, gains and a verdict by ratio.
 
     tables: ratio -> counts [seeds, patients, true, predicted]; ratio 0 is what the others are compared with.
     Of each ratio: figures {name: [value, low, high]}; of each but 0 also gains, likewise, and the verdict on macro-F1.
-    low and high are None where an interval cannot be told. `tick` is called at each resample.
+    low and high are None where an interval cannot be told.
     """
-    names, ratios = names_of(codes), sorted(tables)
     seeds, patients = tables[0.0].shape[:2]
     chance = np.random.default_rng(seed)
-    patient_weights = patient_counts([f"{number:09d}" for number in range(patients)], replicates, chance)
-    seed_weights = chance.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), size=replicates)
-    with sklearn.config_context(skip_parameter_validation=True, assume_finite=True):
-        values = {ratio: _mean(tables[ratio], np.ones(patients), np.ones(seeds)) for ratio in ratios}
-        drawn: dict[float, list[np.ndarray]] = {ratio: [] for ratio in ratios}
-        for by_patient, by_seed in zip(patient_weights, seed_weights, strict=True):
-            for ratio in ratios:
-                drawn[ratio].append(_mean(tables[ratio], by_patient, by_seed))
-            tick()
-    resamples = {ratio: np.array(rows) for ratio, rows in drawn.items()}
-    return {ratio: _described(ratio, names, values, resamples) for ratio in ratios}
+    by_patient = patient_counts([f"{number:09d}" for number in range(patients)], replicates, chance)
+    by_seed = chance.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), size=replicates)
+    values = {ratio: figures_of(table.sum(1)).mean(0) for ratio, table in tables.items()}
+    resamples = {ratio: _resampled(table, by_patient, by_seed) for ratio, table in tables.items()}
+    return {ratio: _described(ratio, names_of(codes), values, resamples) for ratio in sorted(tables)}
 
 
-def _mean(tables: np.ndarray, patients: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Figures of the patients, each as often as it was drawn, averaged over the seeds, likewise."""
-    there = np.flatnonzero(seeds)
-    rows = [figures_of(np.tensordot(patients, tables[number], 1)) for number in there]
-    return np.asarray(np.average(rows, axis=0, weights=seeds[there]))
+def _resampled(table: np.ndarray, by_patient: np.ndarray, by_seed: np.ndarray) -> np.ndarray:
+    """Figures [R, 2 + classes] over how often each patient [R, P] and each seed [R, S] was drawn."""
+    figures = figures_of(np.einsum("rp,sptq->rstq", by_patient, table))
+    drawn = np.where(by_seed[..., None] > 0, figures * by_seed[..., None], 0)  # NaN of a seed not drawn is no matter
+    return np.asarray(drawn.sum(1) / by_seed.sum(1)[:, None])
 
 
 def _described(

@@ -47,7 +47,9 @@ def build(folder: str, classes: int, size: int, seed: int) -> Classifier:
 
     torch.manual_seed(seed)
     if not folder:
-        return Classifier(ResNetForImageClassification(ResNetConfig(**SMALL | {"num_labels": classes})), [0.5] * 3, [0.5] * 3)
+        return Classifier(
+            ResNetForImageClassification(ResNetConfig(**SMALL | {"num_labels": classes})), [0.5] * 3, [0.5] * 3
+        )
     network = Classifier(_with_new_head(folder, classes), *_normalisation(Path(folder)))
     try:
         with torch.no_grad():

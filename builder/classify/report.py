@@ -31,10 +31,19 @@ def write_report(answer: Answer, out: Path, name: str) -> list[Path]:
     return [out / f"{name}.{kind}" for kind in ("json", "txt", "png")]
 
 
-def title_of(answer: Answer) -> str:
-    """The datasets and their N, in two lines."""
+def heading_of(answer: Answer) -> list[str]:
+    """Over a plot: the datasets and their N, and what a reader of the figures must know."""
     names = ", ".join(f"{made['name']} ({made['crops']:,})" for made in answer["synthetic"]) or "no synthetic crops"
-    return f"{names}\non {answer['real']}: {_training(answer)}; {_count(answer['test'])} tested"
+    lines = [
+        f"synthetic: {names}; {answer['seeds']} seeds a ratio",
+        f"trained: {_training(answer)} of '{answer['real']}'",
+        f"tested: {_count(answer['test'])}",
+    ]
+    if not answer["patients_known"]:
+        lines.append("patients unknown: photographs in their place")
+    if answer["leaks"]:
+        lines.append(f"LEAK allowed, because: {answer['allow_leak']}")
+    return lines
 
 
 def _count(counts: Mapping[str, int]) -> str:
@@ -124,7 +133,7 @@ def plot(answers: Sequence[tuple[str, Answer]], file: Path) -> None:
     for (title, answer), (above, below) in zip(answers, axes.T, strict=True):
         _draw_gains(above, answer)
         _draw_recalls(below, answer)
-        above.set_title("\n".join(filter(None, [title, title_of(answer), *_stamps(answer)])), fontsize=8)
+        above.set_title("\n".join(filter(None, [title, *heading_of(answer)])), fontsize=8)
     for line in axes:
         for axis in line[1:]:
             axis.set_ylabel("")
@@ -132,11 +141,6 @@ def plot(answers: Sequence[tuple[str, Answer]], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
     pyplot.close(figure)
-
-
-def _stamps(answer: Answer) -> list[str]:
-    unknown = [] if answer["patients_known"] else ["patients unknown: grouped by photograph"]
-    return unknown + ([f"LEAK allowed: {answer['allow_leak']}"] if answer["leaks"] else [])
 
 
 def _draw_gains(axis: Any, answer: Answer) -> None:

@@ -54,7 +54,7 @@ class Question:
     real_limit: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
     allow_leak: str | None = None
-    replicates: int = 1000
+    replicates: int = 2000
 
 
 class Study:
@@ -83,10 +83,7 @@ class Study:
         ]
         self.training = [of_split(rows_of(real), "train") for real in self.reals]
         for rows in self.training:
-            require_classes(
-                rows, self.codes, f"a training set of {limit} crops" if limit else "the training split",
-                "give a larger --real-limit" if limit else "pack crops of every class for every split",
-            )  # fmt: skip
+            require_classes(rows, self.codes, f"a training set of {limit} crops", "give a larger --real-limit")
         self._real = content_sha256([row for row in self.rows if row["split"] in SPLITS])
         self._synthetic = [content_sha256(rows) for rows in self.made]
         self._model = model_sha256(question.recipe.model)
@@ -128,6 +125,14 @@ class Study:
             raise BuilderError(
                 f"{asked.recipe.steps} steps are judged {asked.recipe.evaluations} times", "give more --steps"
             )
+        for dataset, origin in ((asked.real, "real"), *((made, "synthetic") for made in asked.synthetic)):
+            if dataset.info["origin"] != origin:
+                raise BuilderError(
+                    f"dataset '{dataset.name}' is {dataset.info['origin']}, and was given as {origin}",
+                    f"give it as --{dataset.info['origin']}",
+                )
+        if len(self.codes) < 2:
+            raise BuilderError(f"'{asked.real.name}' has one class alone", "there is nothing to tell apart")
         for split in SPLITS:
             require_classes(
                 of_split(self.rows, split), self.codes, f"the {split} split of '{asked.real.name}'",
@@ -181,8 +186,7 @@ class Study:
 
     def _answer(self, runs: dict[tuple[float, int], Run]) -> dict[str, Any]:
         asked, test = self.asked, of_split(self.rows, "test")
-        with progress((), "resampling", "resample", asked.replicates) as bar:
-            found = summarise(self._confusions(runs, test), self.codes, asked.replicates, tick=bar.update)
+        found = summarise(self._confusions(runs, test), self.codes, asked.replicates)
         synthetic = [
             {"name": dataset.name, "crops": len(rows), "checkpoint": dataset.info.get("checkpoint")}
             for dataset, rows in zip(asked.synthetic, self.made, strict=False)

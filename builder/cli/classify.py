@@ -28,7 +28,7 @@ RATES = {"scratch": 2e-3, "folder": 1e-4}  # learning rates of AdamW
 @click.option("--steps", type=click.IntRange(1), default=250, show_default=True, help="Of training, at every ratio.")
 @click.option("--batch-size", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[default: 2e-3; with --model 1e-4]")
-@click.option("--bootstrap", type=click.IntRange(100), default=1000, show_default=True,
+@click.option("--bootstrap", type=click.IntRange(100), default=2000, show_default=True,
               help="Resamples behind an interval.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that read ahead.")
 @click.option("--allow-leak", metavar="REASON", help="Go on where test patients may have been seen; recorded.")
