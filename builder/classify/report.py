@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def heading_of(answer: Answer) -> list[str]:
     if not answer["patients_known"]:
         lines.append("patients unknown: photographs in their place")
     if answer["leaks"]:
-        lines.append(f"LEAK allowed, because: {answer['allow_leak']}")
+        lines += textwrap.wrap(f"LEAK allowed, because: {answer['allow_leak']}", 60)
     return lines
 
 
@@ -148,15 +149,17 @@ def _draw_gains(axis: Any, answer: Answer) -> None:
     for place, row in enumerate(gained):
         gain, colour = row["gains"][MACRO_F1], VERDICT_COLOURS.get(row["verdict"], NEITHER_COLOUR)
         _draw_interval(axis, place, gain, colour)
-        axis.annotate(row["verdict"].partition(":")[0], (place, gain[0]), (7, 0), textcoords="offset points",
-                      fontsize=8, color=colour, va="center")  # fmt: skip
+        top = gain[0] if gain[2] is None else gain[2]
+        axis.annotate(row["verdict"].partition(":")[0], (place, top), (0, 4), textcoords="offset points",
+                      fontsize=8, color=colour, ha="center")  # fmt: skip
     if gained:
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(ylabel="gain in macro-F1 over ratio 0", xlim=(-0.5, len(gained) - 0.1))
+        axis.set(ylabel="gain in macro-F1 over ratio 0", xlim=(-0.5, len(gained) - 0.5))
+        axis.margins(y=0.12)
         axis.set_xticks(range(len(gained)), [f"{row['ratio']:g}" for row in gained])
     else:
         _draw_interval(axis, 0, answer["ratios"][0]["figures"][MACRO_F1], NEITHER_COLOUR)
-        axis.set(ylabel="macro-F1", xlim=(-1, 1))
+        axis.set(ylabel="macro-F1", xlim=(-1, 1), ylim=(0, 1))
         axis.set_xticks([0], ["0"])
     axis.set_xlabel("ratio (synthetic share of a batch)")
     axis.grid(axis="y", alpha=0.25)
@@ -173,7 +176,7 @@ def _draw_recalls(axis: Any, answer: Answer) -> None:
     axis.set(ylabel="recall on test patients", ylim=(0, 1), xlim=(-0.5, len(rows) - 0.5))
     axis.set_xticks(range(len(rows)), [f"{row['ratio']:g}" for row in rows])
     axis.set_xlabel("ratio (synthetic share of a batch)")
-    axis.legend(fontsize=7, loc="lower left", frameon=False, ncol=2)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncol=min(4, len(codes)))
     axis.grid(axis="y", alpha=0.25)
 
 
