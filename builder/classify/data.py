@@ -22,6 +22,7 @@ from builder.shards.index import Stamps
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("key", "phase", "label", "split", "patient", "source", "sha256")
+IDENTITY = ("key", "sha256", "label", "split", "patient")
 Rows = list[dict[str, Any]]
 
 
@@ -87,11 +88,15 @@ def counts_of(rows: Rows) -> dict[str, int]:
     return {"crops": len(rows), "patients": len({patient_of(row) for row in rows})}
 
 
-def require_classes(rows: Rows, codes: Collection[str], what: str, remedy: str) -> None:
-    """BuilderError when a class is nowhere among the rows: it could be neither learned nor judged."""
-    missing = [code for code in codes if code not in {row["phase"] for row in rows}]
+def require_classes(there: Collection[str], codes: Sequence[str], what: str, remedy: str) -> None:
+    """BuilderError when a class is not there: it could be neither learned nor judged."""
+    missing = [code for code in codes if code not in there]
     if missing:
         raise BuilderError(f"{what} has no crop of {', '.join(missing)}", remedy)
+
+
+def phases_of(rows: Rows) -> set[str]:
+    return {row["phase"] for row in rows}
 
 
 def patients_known(real: Dataset, rows: Rows) -> bool:
@@ -99,10 +104,14 @@ def patients_known(real: Dataset, rows: Rows) -> bool:
     return real.info.get("group_by") is None and all(row["patient"] for row in rows)
 
 
-def content_sha256(rows: Rows) -> str:
-    """Told by pixels, label, split and patient of every crop: what decides a run, whenever and wherever it was made."""
-    lines = (f"{row['key']} {row['sha256']} {row['label']} {row['split']} {row['patient']}\n" for row in rows)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def content_sha256(table: pa.Table) -> str:
+    """Told by pixels, label, split and patient of every row: what decides a run, whenever and wherever it was made."""
+    columns = [pc.fill_null(table[name].cast(pa.string()), "None") for name in IDENTITY]
+    lines = pc.binary_join_element_wise(*columns, " ")
+    digest = hashlib.sha256()
+    for part in lines.chunks:
+        digest.update("".join(f"{line}\n" for line in part.to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def confusions(labels: np.ndarray, predictions: np.ndarray, patient: np.ndarray, classes: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from builder.classify.data import (
+    IDENTITY,
     SPLITS,
     Rows,
     confusions,
@@ -21,6 +22,7 @@ from builder.classify.data import (
     limited,
     of_split,
     patients_known,
+    phases_of,
     require_classes,
     rows_of,
 )
@@ -69,13 +71,10 @@ class Study:
         self.ratios = sorted({0.0, *map(float, question.ratios)})
         self.codes = question.real.classes.codes
         self.rows = rows_of(question.real)
-        self.leaks = self._check()
-        self.made = [rows_of(dataset) for dataset in question.synthetic] if self.ratios[-1] > 0 else []
-        if self.ratios[-1] == 1:
-            require_classes(
-                [row for rows in self.made for row in rows], self.codes, "the synthetic data",
-                "ratio 1 trains on nothing else: leave it out of --ratios, or make crops of every class",
-            )  # fmt: skip
+        self.made = question.synthetic if self.ratios[-1] > 0 else ()
+        self._check()
+        self._check_classes()
+        self.leaks = self._leaks()
         limit = question.real_limit
         self.reals = [
             question.real if limit is None else limited(question.real, self.rows, limit, seed)
@@ -83,9 +82,11 @@ class Study:
         ]
         self.training = [of_split(rows_of(real), "train") for real in self.reals]
         for rows in self.training:
-            require_classes(rows, self.codes, f"a training set of {limit} crops", "give a larger --real-limit")
-        self._real = content_sha256([row for row in self.rows if row["split"] in SPLITS])
-        self._synthetic = [content_sha256(rows) for rows in self.made]
+            require_classes(
+                phases_of(rows), self.codes, f"a training set of {limit} crops", "give a larger --real-limit"
+            )
+        self._real = content_sha256(question.real.table(IDENTITY))
+        self._synthetic = [content_sha256(dataset.table(IDENTITY)) for dataset in self.made]
         self._model = model_sha256(question.recipe.model)
 
     def run(self) -> dict[str, Any]:
@@ -110,16 +111,14 @@ class Study:
 
     # -- what is refused ------------------------------------------------------------------------------------------
 
-    def _check(self) -> list[str]:
-        """The leaks that are allowed. BuilderError for all else that cannot be judged."""
-        asked = self.asked
+    def _check(self) -> None:
+        """BuilderError for what was asked wrongly."""
+        asked, shown = self.asked, ", ".join(f"{ratio:g}" for ratio in self.ratios)
         if not 0 <= self.ratios[0] <= self.ratios[-1] <= 1:
-            raise BuilderError(
-                f"ratios are {', '.join(f'{r:g}' for r in self.ratios)}", "each is a synthetic share, from 0 to 1"
-            )
+            raise BuilderError(f"the ratios are {shown}", "each is a synthetic share, from 0 to 1")
         if self.ratios[-1] > 0 and not asked.synthetic:
             raise BuilderError(
-                f"ratio is {self.ratios[-1]:g}, but no synthetic dataset is given", "give --synthetic, or --ratios 0"
+                f"the ratios are {shown}, but no synthetic dataset is given", "give --synthetic, or --ratios 0"
             )
         if not 1 <= asked.recipe.evaluations <= asked.recipe.steps:
             raise BuilderError(
@@ -131,25 +130,35 @@ class Study:
                     f"dataset '{dataset.name}' is {dataset.info['origin']}, and was given as {origin}",
                     f"give it as --{dataset.info['origin']}",
                 )
+
+    def _check_classes(self) -> None:
+        """BuilderError where a class could be neither learned nor judged, or means something else."""
+        real = self.asked.real
         if len(self.codes) < 2:
-            raise BuilderError(f"'{asked.real.name}' has one class alone", "there is nothing to tell apart")
+            raise BuilderError(f"'{real.name}' has one class alone", "there is nothing to tell apart")
         for split in SPLITS:
             require_classes(
-                of_split(self.rows, split), self.codes, f"the {split} split of '{asked.real.name}'",
+                phases_of(of_split(self.rows, split)), self.codes, f"the {split} split of '{real.name}'",
                 "pack more patients, or with other shares of the splits",
             )  # fmt: skip
-        leaks = []
-        for synthetic in asked.synthetic if self.ratios[-1] > 0 else ():
-            asked.real.classes.require_same(synthetic.classes, f"'{asked.real.name}'", f"'{synthetic.name}'")
-            leak = find_leak(synthetic, asked.real)
-            if leak and not asked.allow_leak:
-                raise BuilderError(
-                    leak, "its gain would flatter it: use a generator that saw training patients alone, "
-                    "or give --allow-leak REASON",
-                )  # fmt: skip
-            if leak:
-                leaks.append(leak)
-        return leaks
+        for synthetic in self.made:
+            real.classes.require_same(synthetic.classes, f"'{real.name}'", f"'{synthetic.name}'")
+        if self.ratios[-1] == 1:
+            there = {code for made in self.made for code in made.table(("phase",))["phase"].unique().to_pylist()}
+            require_classes(
+                there, self.codes, "the synthetic data",
+                "ratio 1 trains on nothing else: leave it out of --ratios, or make crops of every class",
+            )  # fmt: skip
+
+    def _leaks(self) -> list[str]:
+        """The leaks that are allowed; BuilderError for one that is not."""
+        found = [leak for synthetic in self.made if (leak := find_leak(synthetic, self.asked.real))]
+        if found and not self.asked.allow_leak:
+            raise BuilderError(
+                found[0], "its gain would flatter it: use a generator that saw training patients alone, "
+                "or give --allow-leak REASON",
+            )  # fmt: skip
+        return found
 
     # -- the files ------------------------------------------------------------------------------------------------
 
@@ -188,8 +197,8 @@ class Study:
         asked, test = self.asked, of_split(self.rows, "test")
         found = summarise(self._confusions(runs, test), self.codes, asked.replicates)
         synthetic = [
-            {"name": dataset.name, "crops": len(rows), "checkpoint": dataset.info.get("checkpoint")}
-            for dataset, rows in zip(asked.synthetic, self.made, strict=False)
+            {"name": dataset.name, "crops": dataset.info["count"], "checkpoint": dataset.info.get("checkpoint")}
+            for dataset in self.made
         ]
         by_ratio = [
             {"ratio": ratio, "passes": _passes([runs[ratio, seed] for seed in range(asked.seeds)]), **found[ratio]}
