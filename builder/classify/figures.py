@@ -7,7 +7,8 @@ patients, and both are drawn anew, independently, in each resample (pigeonhole b
 replacement, each with all crops; and n - 1 of the n seeds, with replacement, because n of so few would understate their
 spread (Rao & Wu 1988, JASA 83:231). A figure is computed from the crops of the resampled patients for each resampled
 seed, and averaged over these. A gain is the difference from ratio 0 with the same patients and the same seeds. With one
-seed the intervals are of patients alone. They are not widened for the number of ratios that are looked at.
+seed the intervals are of patients alone. They are not widened for the number of ratios that are looked at; and with
+five seeds and 41 patients some 9 % of them, not 5 %, leave out 0 where there is no gain (answers simulated in a test).
 """
 
 from __future__ import annotations
