@@ -27,7 +27,9 @@ from builder.phases import HEALING_PHASES, ClassTable
 from builder.quality.panel import patient_of
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
+from builder.shards.verify import verify_dataset
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from tests.acceptance import classify_controls
 from tests.conftest import Result, textured, write_real
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -441,3 +443,18 @@ def test_synthetic_crops_of_a_rare_class_alone_may_be_mixed_in(builder: Builder,
     with pytest.warns(UserWarning, match="has no sample of I, P"):
         result = builder(*command)
     assert result.code == 0, result.output
+
+
+def test_the_controls_differ_in_their_labels_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = write_real(tmp_path / "elsewhere", "others", per_phase=6, size=16)
+    monkeypatch.setattr(classify_controls, "_others", lambda folder: others)
+    perfect, shuffled = classify_controls.ensure_controls(str(tmp_path))
+    tables = {dataset.name: rows_of(dataset) for dataset in (perfect, shuffled)}
+    assert [row["sha256"] for row in tables["perfect"]] == [row["sha256"] for row in rows_of(others)]
+    assert [row["phase"] for row in tables["perfect"]] == [row["phase"] for row in rows_of(others)]
+    assert [row["sha256"] for row in tables["shuffled"]] == [row["sha256"] for row in tables["perfect"]]
+    dealt = [[row["phase"] for row in tables[name]] for name in ("perfect", "shuffled")]
+    assert dealt[0] != dealt[1] and sorted(dealt[0]) == sorted(dealt[1])
+    for dataset in (perfect, shuffled):
+        assert verify_dataset(dataset) == []
+        assert set(dataset.info["lineage"]["patients"]) == {row["patient"] for row in rows_of(others)}
