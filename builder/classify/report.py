@@ -173,7 +173,7 @@ def _draw_recalls(axis: Any, answer: Answer) -> None:
         for place, row in enumerate(rows):
             label = f"{code} ({answer['test_classes'][code]['patients']} patients)" if place == 0 else None
             _draw_interval(axis, place + shift, row["figures"][f"recall_{code}"], colour, label)
-    axis.set(ylabel="recall on test patients", ylim=(0, 1), xlim=(-0.5, len(rows) - 0.5))
+    axis.set(ylabel="recall on test patients", ylim=(0, 1.03), xlim=(-0.5, len(rows) - 0.5))
     axis.set_xticks(range(len(rows)), [f"{row['ratio']:g}" for row in rows])
     axis.set_xlabel("ratio (synthetic share of a batch)")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncol=min(4, len(codes)))
