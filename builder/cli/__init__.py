@@ -19,6 +19,7 @@ import builder
 from builder.cli.ablate import ablate
 from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
+from builder.cli.classify import classify
 from builder.cli.demo import demo
 from builder.cli.doctor import doctor
 from builder.cli.estimate import estimate
@@ -59,6 +60,7 @@ for command in (
     filter_,
     tune_filter,
     mix,
+    classify,
     verify,
     compact,
     index,

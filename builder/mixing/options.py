@@ -47,8 +47,7 @@ def place(rank: int | None, world: int | None) -> tuple[int, int]:
                 "make the loader when the process group is there (Lightning: in train_dataloader()), or pass rank= and "
                 "world=",
             )
-        rank, world = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)  # type: ignore[assignment]
-        rank, world = int(rank), int(world)  # type: ignore[arg-type]
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank is None or world is None:
         raise BuilderError(f"rank is {rank} and world is {world}", "pass both, or neither")
     rank, world = whole(rank, "rank", 0), whole(world, "world")
