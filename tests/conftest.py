@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from builder.cli import main
 from builder.config import ScoreConfig
@@ -17,6 +18,9 @@ from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
+
+settings.register_profile("untimed", deadline=None)  # a busy machine takes its time
+settings.load_profile("untimed")
 
 
 def textured(seed: int, size: int = 64) -> np.ndarray:
