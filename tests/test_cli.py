@@ -417,3 +417,14 @@ def test_demo_photographs_are_what_a_user_of_pack_has(builder, tmp_path: Path) -
     rows = find_dataset("c", str(tmp_path)).table().to_pylist()
     assert {row["phase"] for row in rows} == set("IPR")
     assert len({row["patient"] for row in rows}) == 5
+
+
+def test_sigterm_ends_a_command_with_143_and_says_that_nothing_is_lost() -> None:
+    code = (
+        "import os, signal, sys, time, click, builder.cli as it; "
+        "wait = lambda: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(20)]; "
+        "it.cli.add_command(click.Command('wait', callback=wait)); sys.argv = ['builder', 'wait']; it.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "")
+    assert done.stderr.strip() == "interrupted: what was committed is safe, and the same command continues"

@@ -87,7 +87,8 @@ def main() -> NoReturn:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt) as stop:
         click.echo("\ninterrupted: what was committed is safe, and the same command continues", err=True)
-        sys.exit(stop.exit_code if isinstance(stop, Terminated) else 130)
+        cause = stop.__cause__ or stop  # click makes an Abort of it
+        sys.exit(cause.exit_code if isinstance(cause, Terminated) else 130)
     except BrokenPipeError:  # who read our output has seen enough (`builder list | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say so again
         sys.exit(1)
