@@ -20,7 +20,7 @@ from builder.mixing import MixedLoader
 from builder.mixing.mix import Mix
 from builder.mixing.quota import Quota
 from builder.mixing.ratio import RatioSchedule
-from builder.mixing.schedule import Stream, keyed_shuffle
+from builder.mixing.schedule import Deck, keyed_shuffle
 from builder.mixing.sources import Source
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
@@ -162,12 +162,12 @@ def test_shuffles_are_the_same_for_ever() -> None:
 # -- schedule --------------------------------------------------------------------------------
 
 
-def streams(sizes: list[list[int]], mode: str) -> list[Stream]:
+def decks(sizes: list[list[int]], mode: str) -> list[Deck]:
     made = []
     for number, counts in enumerate(sizes):
         ends = np.cumsum(counts)
         members = [np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]
-        made.append(Stream(members, counts if mode == "natural" else [int(count > 0) for count in counts], (5, number)))
+        made.append(Deck(members, counts if mode == "natural" else [int(count > 0) for count in counts], (5, number)))
     return made
 
 
@@ -188,16 +188,16 @@ mixtures = {
 def test_a_batch_of_any_rank_keeps_the_ratio_and_an_epoch_has_all_of_real(
     sizes: list[list[int]], mode: str, ratio: float, world: int, batch: int
 ) -> None:
-    real, *others = streams(sizes, mode)
-    mix = Mix(real, others, [stream.count for stream in others], RatioSchedule.of(ratio), None, seed=5)
+    real, *others = decks(sizes, mode)
+    mix = Mix(real, others, [deck.count for deck in others], RatioSchedule.of(ratio), None, seed=5)
     for epoch in (0, 3):
         steps = -(-mix.epoch(epoch).length // (world * batch))
         starts = [(step * world + rank) * batch for step in range(steps) for rank in range(world)]
         drawn = [mix.batch(epoch, start, batch) for start in starts]
-        synthetic = np.array([(stream > 0).sum() for stream, _ in drawn])
+        synthetic = np.array([(deck > 0).sum() for deck, _ in drawn])
         assert np.abs(synthetic - ratio * batch).max() < 1 + 1e-9  # a whole quota is met exactly, others are rounded
         assert np.abs(np.cumsum(synthetic) - ratio * batch * np.arange(1, len(starts) + 1)).max() <= 0.5 + 1e-9
-        rows = np.concatenate([row[stream == 0] for stream, row in drawn])
+        rows = np.concatenate([row[deck == 0] for deck, row in drawn])
         seen = np.bincount(rows, minlength=real.count)
         for c, circle in enumerate(real.circles):
             if len(circle):
@@ -205,7 +205,7 @@ def test_a_batch_of_any_rank_keeps_the_ratio_and_an_epoch_has_all_of_real(
         if mode == "natural":
             assert seen.min() >= 1
             assert len(rows) - real.count < world * batch
-            before = np.concatenate([row[stream == 0] for stream, row in drawn[:-world]] or [np.array([])])
+            before = np.concatenate([row[deck == 0] for deck, row in drawn[:-world]] or [np.array([])])
             assert len(set(before.tolist())) == len(before)  # only the last global step repeats
 
 
@@ -213,7 +213,7 @@ def test_a_batch_of_any_rank_keeps_the_ratio_and_an_epoch_has_all_of_real(
 @settings(max_examples=40, deadline=None)
 def test_position_alone_decides(sizes: list[list[int]], mode: str, ratio: float, world: int, batch: int) -> None:
     """The same positions, cut into other batches, hold the same samples."""
-    real, *others = streams(sizes, mode)
+    real, *others = decks(sizes, mode)
     mix = Mix(real, others, [1.0] * len(others), RatioSchedule.of(ratio), 200, seed=5)
     whole = mix.batch(2, 0, world * batch)
     parts = [mix.batch(2, rank * batch, batch) for rank in range(world)]
@@ -226,18 +226,18 @@ def test_position_alone_decides(sizes: list[list[int]], mode: str, ratio: float,
 def test_over_epochs_classes_keep_their_share_and_samples_take_turns(
     sizes: list[list[int]], mode: str, length: int, epochs: int
 ) -> None:
-    real, *others = streams(sizes, mode)
+    real, *others = decks(sizes, mode)
     mix = Mix(real, others, [1.0] * len(others), RatioSchedule.of(0.5), length, seed=5)
-    for number, stream in enumerate([real, *others]):
+    for number, deck in enumerate([real, *others]):
         drawn = int(mix.epoch(0).drawn[number])
-        rows = np.concatenate([stream.rows(e, e * drawn, drawn, np.arange(drawn)) for e in range(epochs)])
+        rows = np.concatenate([deck.rows(e, e * drawn, drawn, np.arange(drawn)) for e in range(epochs)])
         label = np.repeat(np.arange(3), sizes[number])
-        share = stream.quota.weights / stream.quota.period
+        share = deck.quota.weights / deck.quota.period
         counts = np.cumsum(label[rows][:, None] == np.arange(3), axis=0)
         assert np.abs(counts - np.arange(1, len(rows) + 1)[:, None] * share).max(initial=0) < 1
-        seen = np.bincount(rows, minlength=stream.count)
-        assert all(np.ptp(seen[circle]) <= 1 for circle in stream.circles if len(circle))
-        last = stream.classes((epochs - 1) * drawn, drawn)
+        seen = np.bincount(rows, minlength=deck.count)
+        assert all(np.ptp(seen[circle]) <= 1 for circle in deck.circles if len(circle))
+        last = deck.classes((epochs - 1) * drawn, drawn)
         assert last.tolist() == np.bincount(label[rows[len(rows) - drawn :]], minlength=3).tolist()
 
 
@@ -247,14 +247,14 @@ def test_epochs_and_seeds_and_twins_differ(pair: Path) -> None:
     mix, seeded = loader.schedule, other.schedule
     assert isinstance(mix, Mix)
     assert isinstance(seeded, Mix)
-    order = mix.streams[0].rows(0, 0, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
-    assert order != mix.streams[0].rows(1, 40, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
-    assert order != seeded.streams[0].rows(0, 0, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
+    order = mix.decks[0].rows(0, 0, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
+    assert order != mix.decks[0].rows(1, 40, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
+    assert order != seeded.decks[0].rows(0, 0, 40, np.arange(40)).tolist()  # type: ignore[union-attr]
     places = mix.sources(0, 0, 64).tolist()  # within a batch too
     assert places != mix.sources(0, 64, 64).tolist()
     assert places != sorted(places)
     assert any(a > b for a, b in zip(places[:-2:3], places[1::3], strict=False))
-    twins = [mix.streams[number].rows(0, 0, 27, np.arange(27)).tolist() for number in (1, 2)]  # type: ignore[union-attr]
+    twins = [mix.decks[number].rows(0, 0, 27, np.arange(27)).tolist() for number in (1, 2)]  # type: ignore[union-attr]
     assert sorted(twins[0]) == sorted(twins[1])
     assert twins[0] != twins[1]
 

@@ -21,7 +21,7 @@ from builder.mixing.first_batches import ENOUGH, FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.ratio import RatioSchedule
 from builder.shards.writer import tar_path
-from tests.test_mixing import CODES, class_counts, epoch_keys, make, streams, synthetic_count
+from tests.test_mixing import CODES, class_counts, decks, epoch_keys, make, synthetic_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:synthetic images differ:UserWarning")
 
@@ -117,10 +117,10 @@ def test_schedules_keep_every_prefix_and_take_turns(
     sizes: list[list[int]], table: dict, first: float, unit: str, world: int, batch: int, stop: bool
 ) -> None:
     """In every stretch of one ratio the quota holds; samples of a class are drawn equally often, to within one."""
-    real, *others = streams(sizes, "balance")
+    real, *others = decks(sizes, "balance")
     schedule, stride = RatioSchedule.of({**table, 0: first}, unit), world * batch
     mix = Mix(real, others, [1.0] * len(others), schedule, None, 5, stride=stride, stop=stop)
-    seen = [np.zeros(stream.count, np.int64) for stream in (real, *others)]
+    seen = [np.zeros(deck.count, np.int64) for deck in (real, *others)]
     step = 0
     for epoch in range(3):
         try:
@@ -138,11 +138,11 @@ def test_schedules_keep_every_prefix_and_take_turns(
             part, _ = mix.batch(epoch, start, min(stride, plan.length - start))
             share = _share(schedule, epoch, plan.step + start // stride)
             assert abs((part > 0).sum() - share * len(part)) <= 1 + 1e-9
-        for number, stream in enumerate((real, *others)):
-            now = np.bincount(rows[drawn == number], minlength=stream.count)
+        for number, deck in enumerate((real, *others)):
+            now = np.bincount(rows[drawn == number], minlength=deck.count)
             seen[number] += now
             assert not stop or now.max() <= 1
-            assert all(np.ptp(seen[number][circle]) <= 1 for circle in stream.circles if len(circle))
+            assert all(np.ptp(seen[number][circle]) <= 1 for circle in deck.circles if len(circle))
 
 
 def assert_runs_out(stop: bool, error: BuilderError) -> None:

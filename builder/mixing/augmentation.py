@@ -29,7 +29,7 @@ from builder.shards.dataset import Dataset
 RGB = ("depth_rgb", "thermal_rgb")  # photographs by either camera: both were, and are, served the same crops
 MAPS = ("depth_map", "thermal_map")
 SWITCH = "depth_rgb"  # whose setting is the switch for all modalities, beside each one's own
-ENVIRONMENT = "BUILDER_DATASET"
+ENVIRONMENT, REAL_ENVIRONMENT = "BUILDER_DATASET", "BUILDER_REAL"
 OLD_SETTINGS = "src.utils.production_config"  # the old system's module of settings
 
 
@@ -90,8 +90,8 @@ class GenerativeAugmentationManager:
     device: ignored.
     dataset: accepted synthetic images: a dataset's name in the working directory, a path, or a Dataset. Default: the
         environment's BUILDER_DATASET. One that was not filtered is served with a warning.
-    real: the real dataset (name, path or Dataset) whose held-out patients the generator must not have seen; without
-        it nothing is checked, and a warning says so. allow_leak: the reason to use the images in spite of it.
+    real: the real dataset (name, path or Dataset) whose held-out patients the generator must not have seen. Default:
+        the environment's BUILDER_REAL; without it nothing is checked, and a warning says so. allow_leak: the reason to use the images in spite of it.
     seed: of the order of the images, and of `should_generate`.
 
     The images of a phase come in shuffled order, each once, then in another order. All methods may be called from
@@ -309,9 +309,12 @@ def _accepted(reference: str | Path | Dataset | None) -> Dataset:
 
 
 def _check(synthetic: Dataset, real: str | Path | Dataset | None, allow_leak: str | None) -> None:
-    if real is None:
+    real = real or os.environ.get(REAL_ENVIRONMENT)
+    if not real:
         warnings.warn(
-            f"no real dataset is given: the lineage of '{synthetic.name}' is not checked against anything", stacklevel=3
+            f"no real dataset is given (real=, or {REAL_ENVIRONMENT} in the environment): the lineage of "
+            f"'{synthetic.name}' is not checked against anything",
+            stacklevel=3,
         )
         return
     dataset = _complete(real, "real")

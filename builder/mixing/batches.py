@@ -131,8 +131,8 @@ class Batches(Dataset):
     def _read(self, epoch: int, start: int, size: int, following: int | None) -> Batch:
         pixels, labels, origin, keys = [], [], [], []
         skipped: list[str] = []
-        streams, rows = self._drawn(epoch, start, size, following)
-        for number, row in zip(streams.tolist(), rows.tolist(), strict=True):
+        decks, rows = self._drawn(epoch, start, size, following)
+        for number, row in zip(decks.tolist(), rows.tolist(), strict=True):
             source = self.sources[number]
             assert source is not None
             found = self._pixels(number, source, row, skipped, epoch, start, row)
@@ -146,17 +146,17 @@ class Batches(Dataset):
         return Batch(images, torch.tensor(labels), torch.from_numpy(origins), keys, skipped)
 
     def _drawn(self, epoch: int, start: int, size: int, following: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Streams and rows of a batch. Those of the next one are fetched from the disk while this one is decoded."""
+        """Decks and rows of a batch. Those of the next one are fetched from the disk while this one is decoded."""
         drawn = self._next.pop((epoch, start, size), None) or self._expected(epoch, start, size)
         self._next = {} if following is None else {(epoch, following, size): self._expected(epoch, following, size)}
         return drawn
 
     def _expected(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        streams, rows = self.schedule.batch(epoch, start, size)
+        decks, rows = self.schedule.batch(epoch, start, size)
         for number, source in enumerate(self.sources):
             if source is not None:
-                source.expect(rows[streams == number])
-        return streams, rows
+                source.expect(rows[decks == number])
+        return decks, rows
 
     def _pixels(
         self, number: int, source: Source, row: int, skipped: list[str], *place: int

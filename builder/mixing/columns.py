@@ -59,7 +59,11 @@ def _nothing(dataset: Dataset, split: str | None) -> BuilderError:
     if split is None or not len(splits):
         return BuilderError(f"dataset '{dataset.name}' has no sample", "loosen the filter that made it")
     known = sorted(value for value in splits.unique().to_pylist() if value)
-    found = f"its splits are {', '.join(known)}" if known else "its samples have no split: make it anew"
+    found = (
+        f"its splits are {', '.join(known)}"
+        if known
+        else "its samples have no split: pack it again, or `builder index ... --split train`"
+    )
     return BuilderError(f"dataset '{dataset.name}' has no sample of the split '{split}'", found)
 
 

@@ -302,11 +302,11 @@ class MixedLoader:
         """How many of each class (int64 [classes]) an epoch draws, and reads with what fills its last step."""
         if not isinstance(self.schedule, Mix):
             return available, available
-        stream, plan = self.schedule.streams[number], self.schedule.epoch(epoch)
-        if stream is None:
+        deck, plan = self.schedule.decks[number], self.schedule.epoch(epoch)
+        if deck is None:
             return np.zeros_like(available), np.zeros_like(available)
         before = int(plan.before[number])
-        return stream.classes(before, int(plan.drawn[number])), stream.classes(before, int(plan.read[number]))
+        return deck.classes(before, int(plan.drawn[number])), deck.classes(before, int(plan.read[number]))
 
     def _warn_of_repeats(self) -> None:
         if not self.max_repeats or not isinstance(self.schedule, Mix):

@@ -1,7 +1,7 @@
 """Which source stands where: a pure function of (seed, epoch, position), without state and without replay.
 
 Positions 0, 1, 2, ... of an epoch are shared out by quota: first between real and synthetic, then among the synthetic
-sources; each source then by its own classes (`schedule.Stream`). How many ranks read, and in what batches, changes
+sources; each source then by its own classes (`schedule.Deck`). How many ranks read, and in what batches, changes
 nothing of it: a batch is a range of positions, so every rank's batch keeps the ratio. In every prefix of every epoch,
 counts are within one sample of their target (of synthetic sources: their share of the synthetic samples so far).
 """
@@ -16,7 +16,7 @@ import numpy as np
 from builder.errors import BuilderError
 from builder.mixing.quota import Quota
 from builder.mixing.ratio import RatioSchedule
-from builder.mixing.schedule import Stream, keyed_shuffle
+from builder.mixing.schedule import Deck, keyed_shuffle
 
 Stretches = Sequence[tuple[int | None, Quota]]  # length in positions (the last: None), and the quotas of origins
 
@@ -31,16 +31,16 @@ class Epoch:
     edges: np.ndarray  # int64 [stretches]: where each begins
     origins: tuple[Quota, ...]  # real and synthetic within each stretch
     reached: np.ndarray  # int64 [stretches, 2]: real and synthetic drawn in this epoch before each stretch
-    before: np.ndarray  # int64 [streams]: drawn in the epochs before
-    drawn: np.ndarray  # int64 [streams]
-    read: np.ndarray  # int64 [streams]: with what fills the last step
+    before: np.ndarray  # int64 [decks]: drawn in the epochs before
+    drawn: np.ndarray  # int64 [decks]
+    read: np.ndarray  # int64 [decks]: with what fills the last step
 
 
 class Mix:
-    """Real and synthetic streams at a ratio. Stream 0 is the real one, 1, 2, ... the synthetic ones.
+    """Real and synthetic decks at a ratio. Deck 0 is the real one, 1, 2, ... the synthetic ones.
 
-    `weights` shares out the synthetic streams. `length` is the number of positions of an epoch; None: one pass over
-    the real stream (where only synthetic samples are drawn: over the first synthetic one). `stride`: positions of a
+    `weights` shares out the synthetic decks. `length` is the number of positions of an epoch; None: one pass over
+    the real deck (where only synthetic samples are drawn: over the first synthetic one). `stride`: positions of a
     global step, at whose multiples a ratio schedule by step changes. With `stop`, an epoch ends with the last whole
     step before any sample would come again; else such a source goes round again, and past its length an epoch goes on,
     so that the last step can be filled.
@@ -48,8 +48,8 @@ class Mix:
 
     def __init__(
         self,
-        real: Stream | None,
-        synthetic: Sequence[Stream],
+        real: Deck | None,
+        synthetic: Sequence[Deck],
         weights: Sequence[float],
         ratio: RatioSchedule,
         length: int | None,
@@ -59,7 +59,7 @@ class Mix:
         stop: bool = False,
     ) -> None:
         self.seed, self.ratio, self.length, self.stride, self.stop = seed, ratio, length, stride, stop
-        self.streams = [real, *synthetic]
+        self.decks = [real, *synthetic]
         self._origins = {share: Quota.of([1 - share, share]) for share in set(ratio.shares)}
         self._sources = Quota.of(weights if synthetic else [1.0])
         self._epochs: list[Epoch] = []
@@ -75,27 +75,27 @@ class Mix:
         return -(-self.epoch(number).length // self.stride)
 
     def batch(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stream and row (both int64 [size]) of the samples at positions [start, start + size), shuffled."""
+        """Deck and row (both int64 [size]) of the samples at positions [start, start + size), shuffled."""
         plan = self.epoch(epoch)
-        streams, indices = self._locate(plan, np.arange(start, start + size))
+        decks, indices = self._locate(plan, np.arange(start, start + size))
         rows = np.empty(size, np.int64)
-        for number in np.unique(streams):
-            stream, chosen = self.streams[number], streams == number
-            assert stream is not None  # without a real stream the ratio is 1: its quota is 0
-            rows[chosen] = stream.rows(epoch, int(plan.before[number]), int(plan.drawn[number]), indices[chosen])
+        for number in np.unique(decks):
+            deck, chosen = self.decks[number], decks == number
+            assert deck is not None  # without a real deck the ratio is 1: its quota is 0
+            rows[chosen] = deck.rows(epoch, int(plan.before[number]), int(plan.drawn[number]), indices[chosen])
         order = self._order(epoch, start, size)
-        return streams[order], rows[order]
+        return decks[order], rows[order]
 
     def sources(self, epoch: int, start: int, size: int) -> np.ndarray:
-        """The streams alone (int64 [size]) that `batch` gives, for those who choose the samples themselves."""
-        streams, _ = self._locate(self.epoch(epoch), np.arange(start, start + size))
-        return streams[self._order(epoch, start, size)]
+        """The decks alone (int64 [size]) that `batch` gives, for those who choose the samples themselves."""
+        decks, _ = self._locate(self.epoch(epoch), np.arange(start, start + size))
+        return decks[self._order(epoch, start, size)]
 
     def others(self, number: int, row: int, label: int, *key: object) -> np.ndarray:
-        """The rows that may stand in for a row of a stream: the others of its class, in an order that `key` makes."""
-        stream = self.streams[number]
-        assert stream is not None
-        return stream.others(row, label, *key)
+        """The rows that may stand in for a row of a deck: the others of its class, in an order that `key` makes."""
+        deck = self.decks[number]
+        assert deck is not None
+        return deck.others(row, label, *key)
 
     def changing(self) -> list[Epoch]:
         """The epochs up to the first after whose start the ratio changes no more."""
@@ -106,25 +106,25 @@ class Mix:
 
     @property
     def weights(self) -> list[int]:
-        """Of the synthetic streams among each other, as whole numbers."""
+        """Of the synthetic decks among each other, as whole numbers."""
         return [int(weight) for weight in self._sources.weights]
 
     def _order(self, epoch: int, start: int, size: int) -> np.ndarray:
         return keyed_shuffle(size, self.seed, "batch", epoch, start)
 
     def _locate(self, plan: Epoch, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        streams, indices = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        decks, indices = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         stretches = np.searchsorted(plan.edges, positions, side="right") - 1
         for stretch in np.unique(stretches):
             chosen = stretches == stretch
             origins, ranks = plan.origins[stretch].at(positions[chosen] - plan.edges[stretch])
-            streams[chosen], indices[chosen] = origins, ranks + plan.reached[stretch, origins]
-        synthetic = streams == 1
+            decks[chosen], indices[chosen] = origins, ranks + plan.reached[stretch, origins]
+        synthetic = decks == 1
         begin = int(plan.before[1:].sum())  # the synthetic sources' quota runs on, as their classes' do
         sources, ranks = self._sources.at(begin + indices[synthetic])
         indices[synthetic] = ranks - plan.before[1 + sources]
-        streams[synthetic] = 1 + sources
-        return streams, indices
+        decks[synthetic] = 1 + sources
+        return decks, indices
 
     # -- epochs -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Mix:
         last = self._epochs[-1] if self._epochs else None
         number = 0 if last is None else last.number + 1
         step = 0 if last is None else last.step - (-last.length // self.stride)
-        before = np.zeros(len(self.streams), np.int64) if last is None else last.before + last.drawn
+        before = np.zeros(len(self.decks), np.int64) if last is None else last.before + last.drawn
         stretches = [
             (None if steps is None else steps * self.stride, self._origins[share])
             for steps, share in self.ratio.stretches(number, step)
@@ -155,7 +155,7 @@ class Mix:
         )  # fmt: skip
 
     def _counts(self, stretches: Stretches, length: int, before: np.ndarray) -> np.ndarray:
-        """How many of each stream (int64 [streams]) stand among the first `length` positions."""
+        """How many of each deck (int64 [decks]) stand among the first `length` positions."""
         origins = np.zeros(2, np.int64)
         for stretch, quota in stretches:
             here = length if stretch is None else min(length, stretch)
@@ -165,25 +165,25 @@ class Mix:
         return np.concatenate([origins[:1], synthetic])
 
     def _one_pass(self, stretches: Stretches, before: np.ndarray) -> int:
-        if self.streams[0] is not None:
-            position = _position(stretches, 0, self.streams[0].count - 1)
+        if self.decks[0] is not None:
+            position = _position(stretches, 0, self.decks[0].count - 1)
             if position is not None:
                 return position + 1
         first = int(np.flatnonzero(self._sources.weights)[0])
-        stream = self.streams[1 + first]
-        assert stream is not None
-        index = self._sources.position(first, int(before[1 + first]) + stream.count - 1) - int(before[1:].sum())
+        deck = self.decks[1 + first]
+        assert deck is not None
+        index = self._sources.position(first, int(before[1 + first]) + deck.count - 1) - int(before[1:].sum())
         position = _position(stretches, 1, index)
         assert position is not None  # no end of real samples, then one of synthetic ones
         return position + 1
 
     def _ends(self, stretches: Stretches, before: np.ndarray) -> list[int]:
-        """Where each stream would repeat a sample, as far as it comes to that."""
+        """Where each deck would repeat a sample, as far as it comes to that."""
         ends = []
-        for number, stream in enumerate(self.streams):
-            if stream is None or (number and not self._sources.weights[number - 1]):
+        for number, deck in enumerate(self.decks):
+            if deck is None or (number and not self._sources.weights[number - 1]):
                 continue
-            index = stream.lasts(int(before[number]))
+            index = deck.lasts(int(before[number]))
             if number:
                 index = self._sources.position(number - 1, int(before[number]) + index) - int(before[1:].sum())
             ends.append(_position(stretches, min(number, 1), index))

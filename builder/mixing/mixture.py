@@ -13,7 +13,7 @@ from builder.errors import BuilderError
 from builder.mixing.guards import check_lineage, check_sizes, class_weights, resolve
 from builder.mixing.mix import Mix
 from builder.mixing.ratio import RatioSchedule, batch_of, ratio_of
-from builder.mixing.schedule import InOrder, Stream
+from builder.mixing.schedule import Deck, InOrder
 from builder.mixing.sources import Source
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset
@@ -69,7 +69,7 @@ class Mixture:
         """The sources that are read."""
         if isinstance(self.schedule, InOrder):
             return [source for source in self.sources if source]
-        return [s for s, stream in zip(self.sources, self.schedule.streams, strict=True) if s and stream]
+        return [s for s, deck in zip(self.sources, self.schedule.decks, strict=True) if s and deck]
 
 
 def mixture(wish: Wish) -> Mixture:
@@ -148,16 +148,16 @@ def _mix(
     classes: ClassTable,
 ) -> Mix:
     real, *others = sources
-    streams: list[Stream | None] = []
+    decks: list[Deck | None] = []
     for number, source in enumerate(sources):
         if source is None or (number == 0 and min(ratio.shares) == 1):
-            streams.append(None)
+            decks.append(None)
             continue
         shares = class_weights(wish.classes, source, real, classes)
-        streams.append(Stream(source.members(len(classes)), shares, (wish.seed, number)))
+        decks.append(Deck(source.members(len(classes)), shares, (wish.seed, number)))
     mix = Mix(
-        streams[0],
-        [stream for stream in streams[1:] if stream],
+        decks[0],
+        [deck for deck in decks[1:] if deck],
         [float(len(source)) for source in others if source] if weights is None else weights,
         ratio,
         None if wish.epoch == "real" else int(wish.epoch),
@@ -173,8 +173,8 @@ def _refuse_what_is_never_drawn(mix: Mix, sources: Sequence[Source | None]) -> N
     """BuilderError for a source of which no epoch draws any, as far as the ratio changes."""
     plans = mix.changing()
     totals = np.sum([plan.drawn for plan in plans], axis=0)
-    for number, (source, stream, drawn) in enumerate(zip(sources, mix.streams, totals, strict=True)):
-        if source and stream and not drawn:
+    for number, (source, deck, drawn) in enumerate(zip(sources, mix.decks, totals, strict=True)):
+        if source and deck and not drawn:
             if number and not mix.weights[number - 1]:
                 raise BuilderError(f"the weight of '{source.name}' is 0: none of it is ever drawn", "leave it out")
             raise BuilderError(

@@ -31,7 +31,7 @@ def keyed_shuffle(count: int, *key: object) -> np.ndarray:
     return np.argsort(raw, kind="stable").astype(np.int32)
 
 
-class Stream:
+class Deck:
     """The samples of one source in the order of their use: class by quota, then sample by shuffled circle.
 
     `members[c]` are the rows (int [n_c]) of class c, `weights[c]` its share (whole number, 0 where n_c is 0).
@@ -105,6 +105,6 @@ class InOrder:
         self.length = count
 
     def batch(self, epoch: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Stream (always 0) and row (both int64) of positions [start, start + size), as far as there are any."""
+        """Deck (always 0) and row (both int64) of positions [start, start + size), as far as there are any."""
         rows = np.arange(start, min(start + size, self.length))
         return np.zeros(len(rows), np.int64), rows

@@ -62,8 +62,8 @@ def measure(out: Path, rows: int, repeats: int = 3) -> dict[str, Any]:
     root = out / f"start-{rows}"
     datasets = [_make(root, name, rows // 2) for name in NAMES]
     for number, step in enumerate(_child(root, "rows")):
-        for stream, row in zip(*step, strict=True):
-            _fill(root, NAMES[stream], row)
+        for deck, row in zip(*step, strict=True):
+            _fill(root, NAMES[deck], row)
         print(f"images of batch {(0, RESUMED)[number]:,} are there", flush=True)
     figures: dict[str, Any] = {}
     for index in ("without an index", "with an index"):
