@@ -89,7 +89,7 @@ def test_the_old_call_works_verbatim(
         )
         gen_manager.preload()
         # fmt: on
-    assert [str(warning.message).split(":")[0] for warning in said] == ["no real dataset is given"]
+    assert [str(warning.message).split(" (")[0] for warning in said] == ["no real dataset is given"]
     assert said[0].filename == __file__
 
     assert hasattr(gen_manager, "checkpoint_path") and hasattr(gen_manager, "config_path")
@@ -390,7 +390,7 @@ def test_phases_without_images_are_told_at_once(tmp_path: Path) -> None:
         manage(few, config)
 
 
-def test_lineage_is_checked_against_the_real_dataset(tmp_path: Path) -> None:
+def test_lineage_is_checked_against_the_real_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = write_real(tmp_path)
     clean = write_synthetic(tmp_path, "clean", lineage={"known": True, "key_fingerprint": "test", "patients": []})
     with warnings.catch_warnings():
@@ -402,6 +402,9 @@ def test_lineage_is_checked_against_the_real_dataset(tmp_path: Path) -> None:
     )
     with pytest.raises(BuilderError, match=f"trained on 1 patients that 'clinic' holds out: {held_out}"):
         manage(leaky, real=str(tmp_path / "shards" / "clinic"))
+    monkeypatch.setenv("BUILDER_REAL", str(tmp_path / "shards" / "clinic"))
+    with pytest.raises(BuilderError, match="holds out"):
+        manage(leaky)
     with pytest.warns(UserWarning, match="allowed, because: a control"):
         manage(leaky, real=real, allow_leak="a control")
     real.write_info({**real.info, "state": "partial"})

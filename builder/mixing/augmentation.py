@@ -91,7 +91,8 @@ class GenerativeAugmentationManager:
     dataset: accepted synthetic images: a dataset's name in the working directory, a path, or a Dataset. Default: the
         environment's BUILDER_DATASET. One that was not filtered is served with a warning.
     real: the real dataset (name, path or Dataset) whose held-out patients the generator must not have seen. Default:
-        the environment's BUILDER_REAL; without it nothing is checked, and a warning says so. allow_leak: the reason to use the images in spite of it.
+        the environment's BUILDER_REAL; without it nothing is checked, and a warning says so. allow_leak: the reason to
+        use the images in spite of it.
     seed: of the order of the images, and of `should_generate`.
 
     The images of a phase come in shuffled order, each once, then in another order. All methods may be called from
