@@ -17,11 +17,12 @@ from builder.crops.patients import PatientKey
 from builder.errors import BuilderError
 from builder.mixing import MixedLoader
 from builder.mixing.sources import Source
-from builder.phases import HEALING_PHASES
+from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.compact import compact
 from builder.shards.criteria import Criteria
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.filter import filter_dataset, judge_dataset
+from builder.shards.foreign import class_code
 from builder.shards.inplace import Description, Summary, find_tars, index_tars
 from builder.shards.remove import remove_dataset
 from builder.shards.sequential import Sequential
@@ -374,3 +375,27 @@ def test_a_file_is_read_forwards_in_pieces(tmp_path: Path) -> None:
                 assert b"".join(file.read(20) for _ in range(start, 1280, 20)) == data[start:]
                 with pytest.raises(EOFError, match=f"ends {ends} bytes too early"):
                     file.read(1)
+
+
+@pytest.mark.parametrize(("said", "code"), [
+    ({".cls": b"1"}, "2"),  # an index
+    ({".json": b'{"label": 1}'}, "2"),
+    ({".json": b'{"phase": null, "label": 1}'}, "2"),
+    ({".json": b'{"phase": "1", "label": 0}'}, "1"),  # a code
+    ({".json": b"{}", ".txt": b"1"}, "1"),
+    ({".cls": b"3"}, "3"),  # no index: then a code
+    ({".txt": b"0"}, "1"),  # no code: then an index
+])  # fmt: skip
+def test_codes_that_are_numbers_are_not_taken_for_labels(said: dict[str, bytes], code: str) -> None:
+    stages = ClassTable([Phase(number, number, number) for number in ("1", "2", "3")])
+    assert class_code(said, stages, "here") == code
+
+
+def test_a_patients_name_beside_members_that_look_like_ours_is_hashed(tmp_path: Path) -> None:
+    told = {"key": "b0", "origin": "real", "sha256": "0", "split": None, "patient": "Anna Meier"}
+    members = {"b0.png": encode_png(textured(3, 16)), "b0.json": json.dumps({"phase": "P", **told}).encode()}
+    folder = write(tmp_path / "theirs", {"a.tar": tar_bytes(members)})
+    dataset, _ = index(tmp_path / "out", folder, split="train")
+    (row,) = dataset.table().to_pylist()
+    assert row["patient"] == KEY.hash("Anna Meier")
+    assert row["split"] == "train"  # null says nothing
