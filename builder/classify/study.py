@@ -21,10 +21,10 @@ from builder.classify.data import (
     held_out,
     limited,
     of_split,
-    patients_known,
     phases_of,
     require_classes,
     rows_of,
+    unit_of,
 )
 from builder.classify.figures import summarise
 from builder.classify.network import model_sha256
@@ -209,7 +209,7 @@ class Study:
             "real_limit": asked.real_limit, "training": [counts_of(rows) for rows in self.training],
             "val": counts_of(of_split(self.rows, "val")), "test": counts_of(test),
             "test_classes": {code: counts_of([r for r in test if r["phase"] == code]) for code in self.codes},
-            "patients_known": patients_known(asked.real, self.rows), "leaks": self.leaks,
+            "unit": unit_of(asked.real, self.rows), "leaks": self.leaks,
             "allow_leak": asked.allow_leak if self.leaks else None, "recipe": asdict(asked.recipe),
             "replicates": asked.replicates, "level": 0.95, "torch": torch.__version__, "ratios": by_ratio,
         }  # fmt: skip
