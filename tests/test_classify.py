@@ -387,6 +387,17 @@ def test_real_crops_may_be_limited_and_patients_unknown(builder: Builder, tmp_pa
     assert any("patients unknown" in line for line in heading_of(answer))
 
 
+def test_a_generator_that_learned_from_more_patients_is_told(builder: Builder, tmp_path: Path) -> None:
+    real = write_real(tmp_path, per_phase=12, size=24)
+    write_synthetic(tmp_path, patients=tuple({row["patient"] for row in of_split(rows_of(real), "train")}))
+    command = ["classify", "--real", "clinic", "--synthetic", "made", "--ratios", 1, "--seeds", 1, *TINY]
+    said = "learned from 12 training patients, more than the classifier sees"
+    assert said not in builder(*command).output
+    assert said in builder(*command, "--real-limit", 6).output
+    answer = json.loads((tmp_path / "classify/clinic/made-at-6.json").read_text())
+    assert "its generator learned from 12 patients" in heading_of(answer)
+
+
 def test_a_model_folder_is_trained_on(builder: Builder, folder: Path, tmp_path: Path) -> None:
     write_real(tmp_path, per_phase=12, size=24)
     result = builder("classify", "--real", "clinic", *TINY, "--seeds", 1, "--model", folder)

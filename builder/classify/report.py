@@ -43,9 +43,16 @@ def heading_of(answer: Answer) -> list[str]:
     ]
     if answer["unit"] != PATIENTS:
         lines.append(f"patients unknown: {answer['unit']} in their place")
+    lines += [f"its generator learned from {made['learned_from']} {answer['unit']}" for made in _better_taught(answer)]
     if answer["leaks"]:
         lines += textwrap.wrap(f"LEAK allowed, because: {answer['allow_leak']}", 60)
     return lines
+
+
+def _better_taught(answer: Answer) -> list[Mapping[str, Any]]:
+    """The synthetic datasets whose generator learned from more of the real patients than the classifier ever sees."""
+    most = max(counts["patients"] for counts in answer["training"])
+    return [made for made in answer["synthetic"] if made["learned_from"] > most]
 
 
 def _count(answer: Answer, counts: Mapping[str, int]) -> str:
@@ -76,6 +83,11 @@ def _preamble(answer: Answer) -> list[str]:
     if answer["unit"] != PATIENTS:
         lines.append(f"patients are unknown: {answer['unit']} are resampled in their place, and near-copies may stand "
                      "in two splits, so that figures may be too good and intervals too narrow")  # fmt: skip
+    lines += [
+        f"the generator of '{made['name']}' learned from {made['learned_from']} training {answer['unit']}, more than the "
+        "classifier sees: a gain holds what the others taught it, which a clinic of this size would not have"
+        for made in _better_taught(answer)
+    ]
     if answer["seeds"] == 1:
         lines.append("one seed: the intervals say nothing of the chance in training")
     lines += [f"LEAK: {leak}; allowed, because: {answer['allow_leak']}" for leak in answer["leaks"]]

@@ -196,10 +196,7 @@ class Study:
     def _answer(self, runs: dict[tuple[float, int], Run]) -> dict[str, Any]:
         asked, test = self.asked, of_split(self.rows, "test")
         found = summarise(self._confusions(runs, test), self.codes, asked.replicates)
-        synthetic = [
-            {"name": dataset.name, "crops": dataset.info["count"], "checkpoint": dataset.info.get("checkpoint")}
-            for dataset in self.made
-        ]
+        synthetic = [self._described(dataset) for dataset in self.made]
         by_ratio = [
             {"ratio": ratio, "passes": _passes([runs[ratio, seed] for seed in range(asked.seeds)]), **found[ratio]}
             for ratio in self.ratios
@@ -212,6 +209,16 @@ class Study:
             "unit": unit_of(asked.real, self.rows), "leaks": self.leaks,
             "allow_leak": asked.allow_leak if self.leaks else None, "recipe": asdict(asked.recipe),
             "replicates": asked.replicates, "level": 0.95, "torch": torch.__version__, "ratios": by_ratio,
+        }  # fmt: skip
+
+    def _described(self, synthetic: Dataset) -> dict[str, Any]:
+        """learned_from: how many of the real dataset's training patients, limited or not, its generator saw."""
+        info = synthetic.info
+        training = {row["patient"] for row in of_split(self.rows, "train")}
+        seen = training.intersection((info.get("lineage") or {}).get("patients") or ())
+        return {
+            "name": synthetic.name, "crops": info["count"], "checkpoint": info.get("checkpoint"),
+            "learned_from": len(seen),
         }  # fmt: skip
 
     def _confusions(self, runs: dict[tuple[float, int], Run], test: Rows) -> dict[float, np.ndarray]:
