@@ -84,8 +84,8 @@ def _preamble(answer: Answer) -> list[str]:
         lines.append(f"patients are unknown: {answer['unit']} are resampled in their place, and near-copies may stand "
                      "in two splits, so that figures may be too good and intervals too narrow")  # fmt: skip
     lines += [
-        f"the generator of '{made['name']}' learned from {made['learned_from']} training {answer['unit']}, more than the "
-        "classifier sees: a gain holds what the others taught it, which a clinic of this size would not have"
+        f"the generator of '{made['name']}' learned from {made['learned_from']} training {answer['unit']}, more than "
+        "the classifier sees: a gain holds what the others taught it, which a clinic of this size would not have"
         for made in _better_taught(answer)
     ]
     if answer["seeds"] == 1:
