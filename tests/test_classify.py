@@ -17,7 +17,7 @@ from sklearn.metrics import cohen_kappa_score, f1_score, recall_score
 
 from builder.classify import study as study_module
 from builder.classify.augment import SMALLEST, view
-from builder.classify.data import confusions, counts_of, held_out, limited, of_split, rows_of
+from builder.classify.data import confusions, counts_of, held_out, limited, of_split, rows_of, unit_of
 from builder.classify.figures import HARMS, HELPS, MACRO_F1, NEITHER, figures_of, names_of, summarise, verdict
 from builder.classify.network import build, model_sha256
 from builder.classify.report import as_text, heading_of
@@ -200,6 +200,13 @@ def test_another_seed_draws_other_patients_and_the_loader_sees_them_alone(real_r
     assert len(MixedLoader(real=drawn[0], split="val", batch_size=1, size=16)) == 6
 
 
+def test_what_stands_for_unknown_patients_is_said(real_root: Path) -> None:
+    real = Dataset("clinic", Storage(real_root))
+    rows = rows_of(real)
+    assert unit_of(real, rows) == "patients"
+    assert unit_of(real, [*rows[1:], {**rows[0], "patient": None}]) == "photographs"
+
+
 def test_held_out_crops_are_in_the_order_of_the_manifest(real_root: Path) -> None:
     real = Dataset("clinic", Storage(real_root))
     crops = held_out(real, "test", 24)
@@ -317,7 +324,7 @@ def test_the_command_answers_and_goes_on(builder: Builder, tmp_path: Path, monke
     assert result.code == 0, result.output
     assert sorted(made) == [(ratio, seed) for ratio in (0, 0.5, 1) for seed in (0, 1)]  # 0 need not be asked for
     answer = json.loads((tmp_path / "classify/clinic/made.json").read_text())
-    assert answer["training"] == [{"crops": 24, "patients": 12}] * 2
+    assert answer["training"] == [{"crops": 24, "patients": 12}] * 2 and answer["unit"] == "patients"
     assert answer["test"] == {"crops": 6, "patients": 3} and answer["test_classes"]["R"]["patients"] == 1
     assert [row["ratio"] for row in answer["ratios"]] == [0, 0.5, 1]
     assert answer["ratios"][0]["passes"] == {"real": 1.0}  # 4 steps of 6, of 24 crops
@@ -374,10 +381,21 @@ def test_real_crops_may_be_limited_and_patients_unknown(builder: Builder, tmp_pa
     result = builder("classify", "--real", "clinic", *TINY, "--seeds", 1, "--real-limit", 6)
     assert result.code == 0, result.output
     answer = json.loads((tmp_path / "classify/clinic/real-at-6.json").read_text())
-    assert answer["training"] == [{"crops": 6, "patients": 3}] and not answer["patients_known"]
-    for said in ("trained on 6 crops of 3 patients", "patients are unknown", "one seed", "interval of macro-F1"):
+    assert answer["training"] == [{"crops": 6, "patients": 3}] and answer["unit"] == "photographs"
+    for said in ("trained on 6 crops of 3 photographs", "patients are unknown", "one seed", "interval of macro-F1"):
         assert said in result.output
     assert any("patients unknown" in line for line in heading_of(answer))
+
+
+def test_a_generator_that_learned_from_more_patients_is_told(builder: Builder, tmp_path: Path) -> None:
+    real = write_real(tmp_path, per_phase=12, size=24)
+    write_synthetic(tmp_path, patients=tuple({row["patient"] for row in of_split(rows_of(real), "train")}))
+    command = ["classify", "--real", "clinic", "--synthetic", "made", "--ratios", 1, "--seeds", 1, *TINY]
+    said = "learned from 12 training patients, more than the classifier sees"
+    assert said not in builder(*command).output
+    assert said in builder(*command, "--real-limit", 6).output
+    answer = json.loads((tmp_path / "classify/clinic/made-at-6.json").read_text())
+    assert "its generator learned from 12 patients" in heading_of(answer)
 
 
 def test_a_model_folder_is_trained_on(builder: Builder, folder: Path, tmp_path: Path) -> None:

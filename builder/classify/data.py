@@ -22,6 +22,7 @@ from builder.shards.index import Stamps
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("key", "phase", "label", "split", "patient", "source", "sha256")
+PATIENTS = "patients"
 IDENTITY = ("key", "sha256", "label", "split", "patient")
 Rows = list[dict[str, Any]]
 
@@ -99,9 +100,12 @@ def phases_of(rows: Rows) -> set[str]:
     return {row["phase"] for row in rows}
 
 
-def patients_known(real: Dataset, rows: Rows) -> bool:
-    """Whether crops are grouped by patient, and not by photograph or by themselves."""
-    return real.info.get("group_by") is None and all(row["patient"] for row in rows)
+def unit_of(real: Dataset, rows: Rows) -> str:
+    """What crops are grouped by and resampled by: patients, or what stands for them where they are unknown."""
+    grouped_by = real.info.get("group_by")
+    if grouped_by is None and all(row["patient"] for row in rows):
+        return PATIENTS
+    return "photographs" if grouped_by in (None, "photograph") else "groups"
 
 
 def content_sha256(table: pa.Table) -> str:

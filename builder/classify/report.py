@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder.classify.data import PATIENTS
 from builder.classify.figures import HARMS, HELPS, MACRO_F1, names_of
 from builder.shards.storage import Storage
 
@@ -38,43 +39,55 @@ def heading_of(answer: Answer) -> list[str]:
     lines = [
         f"synthetic: {names}; {answer['seeds']} seeds a ratio",
         f"trained: {_training(answer)} of '{answer['real']}'",
-        f"tested: {_count(answer['test'])}",
+        f"tested: {_count(answer, answer['test'])}",
     ]
-    if not answer["patients_known"]:
-        lines.append("patients unknown: photographs in their place")
+    if answer["unit"] != PATIENTS:
+        lines.append(f"patients unknown: {answer['unit']} in their place")
+    lines += [f"its generator learned from {made['learned_from']} {answer['unit']}" for made in _better_taught(answer)]
     if answer["leaks"]:
         lines += textwrap.wrap(f"LEAK allowed, because: {answer['allow_leak']}", 60)
     return lines
 
 
-def _count(counts: Mapping[str, int]) -> str:
-    return f"{counts['crops']:,} crops of {counts['patients']} patients"
+def _better_taught(answer: Answer) -> list[Mapping[str, Any]]:
+    """The synthetic datasets whose generator learned from more of the real patients than the classifier ever sees."""
+    most = max(counts["patients"] for counts in answer["training"])
+    return [made for made in answer["synthetic"] if made["learned_from"] > most]
+
+
+def _count(answer: Answer, counts: Mapping[str, int]) -> str:
+    return f"{counts['crops']:,} crops of {counts['patients']} {answer['unit']}"
 
 
 def _training(answer: Answer) -> str:
     """The real training crops, which differ by seed where they are limited."""
     crops, patients = ([counts[what] for counts in answer["training"]] for what in ("crops", "patients"))
     spans = [f"{min(n):,}" if min(n) == max(n) else f"{min(n):,}-{max(n):,}" for n in (crops, patients)]
-    return f"{spans[0]} crops of {spans[1]} patients"
+    return f"{spans[0]} crops of {spans[1]} {answer['unit']}"
 
 
 def _preamble(answer: Answer) -> list[str]:
     recipe = answer["recipe"]
     drawn = ", drawn anew for each seed" if answer["real_limit"] else ""
     network = f"the model in {recipe['model']}" if recipe["model"] else "a small ResNet from scratch"
-    tested = ", ".join(f"{code} {_count(counts)}" for code, counts in answer["test_classes"].items())
+    tested = ", ".join(f"{code} {_count(answer, counts)}" for code, counts in answer["test_classes"].items())
     lines = [
-        f"real '{answer['real']}': trained on {_training(answer)}{drawn}; chosen on {_count(answer['val'])}; "
-        f"judged on {_count(answer['test'])} ({tested})",
+        f"real '{answer['real']}': trained on {_training(answer)}{drawn}; chosen on "
+        f"{_count(answer, answer['val'])}; judged on {_count(answer, answer['test'])} ({tested})",
         *(f"synthetic '{made['name']}': {made['crops']:,} crops" for made in answer["synthetic"]),
         f"{network}, {recipe['size']} px, {recipe['steps']} steps of {recipe['batch_size']} at every ratio, classes "
         f"in equal shares, mirrored and shifted; seeds a ratio: {answer['seeds']}",
-        f"intervals: {answer['level']:.0%}, {answer['replicates']:,} resamples of test patients and of seeds; gains: "
-        "from ratio 0, with the same patients and seeds",
+        f"intervals: {answer['level']:.0%}, {answer['replicates']:,} resamples of test {answer['unit']} and of seeds; "
+        f"gains: from ratio 0, with the same {answer['unit']} and seeds",
     ]
-    if not answer["patients_known"]:
-        lines.append("patients are unknown: photographs are resampled in their place, and near-copies may stand in "
-                     "two splits, so that figures are too good and intervals too narrow")  # fmt: skip
+    if answer["unit"] != PATIENTS:
+        lines.append(f"patients are unknown: {answer['unit']} are resampled in their place, and near-copies may stand "
+                     "in two splits, so that figures may be too good and intervals too narrow")  # fmt: skip
+    lines += [
+        f"the generator of '{made['name']}' learned from {made['learned_from']} training {answer['unit']}, more than "
+        "the classifier sees: a gain holds what the others taught it, which a clinic of this size would not have"
+        for made in _better_taught(answer)
+    ]
     if answer["seeds"] == 1:
         lines.append("one seed: the intervals say nothing of the chance in training")
     lines += [f"LEAK: {leak}; allowed, because: {answer['allow_leak']}" for leak in answer["leaks"]]
@@ -171,9 +184,9 @@ def _draw_recalls(axis: Any, answer: Answer) -> None:
         shift = 0.12 * (number - (len(codes) - 1) / 2)
         colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
         for place, row in enumerate(rows):
-            label = f"{code} ({answer['test_classes'][code]['patients']} patients)" if place == 0 else None
+            label = f"{code} ({answer['test_classes'][code]['patients']} {answer['unit']})" if place == 0 else None
             _draw_interval(axis, place + shift, row["figures"][f"recall_{code}"], colour, label)
-    axis.set(ylabel="recall on test patients", ylim=(0, 1.03), xlim=(-0.5, len(rows) - 0.5))
+    axis.set(ylabel=f"recall on test {answer['unit']}", ylim=(0, 1.03), xlim=(-0.5, len(rows) - 0.5))
     axis.set_xticks(range(len(rows)), [f"{row['ratio']:g}" for row in rows])
     axis.set_xlabel("ratio (synthetic share of a batch)")
     axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, ncol=min(4, len(codes)))

@@ -21,10 +21,10 @@ from builder.classify.data import (
     held_out,
     limited,
     of_split,
-    patients_known,
     phases_of,
     require_classes,
     rows_of,
+    unit_of,
 )
 from builder.classify.figures import summarise
 from builder.classify.network import model_sha256
@@ -196,10 +196,7 @@ class Study:
     def _answer(self, runs: dict[tuple[float, int], Run]) -> dict[str, Any]:
         asked, test = self.asked, of_split(self.rows, "test")
         found = summarise(self._confusions(runs, test), self.codes, asked.replicates)
-        synthetic = [
-            {"name": dataset.name, "crops": dataset.info["count"], "checkpoint": dataset.info.get("checkpoint")}
-            for dataset in self.made
-        ]
+        synthetic = [self._described(dataset) for dataset in self.made]
         by_ratio = [
             {"ratio": ratio, "passes": _passes([runs[ratio, seed] for seed in range(asked.seeds)]), **found[ratio]}
             for ratio in self.ratios
@@ -209,9 +206,19 @@ class Study:
             "real_limit": asked.real_limit, "training": [counts_of(rows) for rows in self.training],
             "val": counts_of(of_split(self.rows, "val")), "test": counts_of(test),
             "test_classes": {code: counts_of([r for r in test if r["phase"] == code]) for code in self.codes},
-            "patients_known": patients_known(asked.real, self.rows), "leaks": self.leaks,
+            "unit": unit_of(asked.real, self.rows), "leaks": self.leaks,
             "allow_leak": asked.allow_leak if self.leaks else None, "recipe": asdict(asked.recipe),
             "replicates": asked.replicates, "level": 0.95, "torch": torch.__version__, "ratios": by_ratio,
+        }  # fmt: skip
+
+    def _described(self, synthetic: Dataset) -> dict[str, Any]:
+        """learned_from: how many of the real dataset's training patients, limited or not, its generator saw."""
+        info = synthetic.info
+        training = {row["patient"] for row in of_split(self.rows, "train")}
+        seen = training.intersection((info.get("lineage") or {}).get("patients") or ())
+        return {
+            "name": synthetic.name, "crops": info["count"], "checkpoint": info.get("checkpoint"),
+            "learned_from": len(seen),
         }  # fmt: skip
 
     def _confusions(self, runs: dict[tuple[float, int], Run], test: Rows) -> dict[float, np.ndarray]:
