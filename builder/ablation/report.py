@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from builder import plotting
 from builder.ablation.study import Figures, Row, Study, means_of
 
 AXES: dict[str, Callable[[Row], str]] = {
@@ -123,9 +124,5 @@ def _numbers(figures: Figures, names: list[str]) -> list[str]:
 
 
 def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting.pyplot()
     return pyplot

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder import plotting
 from builder.classify.data import PATIENTS
 from builder.classify.figures import HARMS, HELPS, MACRO_F1, names_of
 from builder.shards.storage import Storage
@@ -137,11 +138,7 @@ def plot(answers: Sequence[tuple[str, Answer]], file: Path) -> None:
 
     All with intervals. An answer at ratio 0 alone shows macro-F1 itself.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting.pyplot()
     width = 4.4 * max(len(answers), 1.35)
     figure, axes = pyplot.subplots(2, len(answers), figsize=(width, 6.6), squeeze=False, sharey="row")
     for (title, answer), (above, below) in zip(answers, axes.T, strict=True):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from builder import plotting
 from builder.models.building import Pipeline
 from builder.phases import ClassTable
 from builder.sampling.pixels import to_pixels
@@ -43,15 +44,9 @@ def write_samples(sampler: Sampler, classes: ClassTable, file: Path, per_class: 
     write_grid(rows, file)
 
 
-def write_curve(log: Path, file: Path) -> bool:
-    """The losses of log.jsonl by stage; False (and no file) when matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def write_curve(log: Path, file: Path) -> None:
+    """The losses of log.jsonl by stage."""
+    pyplot = plotting.pyplot()
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure, axes = pyplot.subplots(1, len(stages), figsize=(6 * len(stages), 4), squeeze=False)
@@ -64,4 +59,3 @@ def write_curve(log: Path, file: Path) -> bool:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
-    return True

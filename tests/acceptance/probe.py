@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from builder import plotting
 from builder.config import ScoreConfig
 from builder.quality.feature_scores import unit_length
 from builder.quality.features import load_extractor
@@ -86,11 +87,7 @@ def error_interval(said: np.ndarray, labels: np.ndarray, patients: list[str]) ->
 
 
 def plot(said: np.ndarray, labels: np.ndarray, file: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting.pyplot()
     points = reliability(said, labels)
     figure, axis = pyplot.subplots(figsize=(5, 5))
     axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="calibrated")

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from builder import plotting
 from builder.errors import BuilderError
 from builder.quality.feature_scores import unit_length
 from builder.quality.sets.comparison import Naming
@@ -201,11 +202,7 @@ def tune(
 
 def plot_tuning(result: Mapping[str, Any], path: Path) -> None:
     """Survivors and figures against the threshold (PNG): a line a filter, the floor dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plotting.pyplot()
     rows = [row for row in result["rows"] if row["threshold"] is not None]
     series = list(dict.fromkeys(row["filter"] for row in rows))
     panels = ["survivors", *result["floor"]]
