@@ -156,6 +156,16 @@ def test_one_seed_and_a_class_of_one_patient_have_figures() -> None:
     assert low == value == high
 
 
+@pytest.mark.parametrize("crops", [3, 7, 54, 137])
+def test_an_interval_that_ends_at_its_figure_holds_it(crops: int) -> None:
+    table = np.zeros((5, 24, 3, 3), np.int64)
+    table[:, np.arange(24), np.arange(24) % 3, np.arange(24) % 3] = crops
+    table[0, 0, 0, 1], table[0, 0, 0, 0] = 1, crops - 1  # one crop wrong: most resamples have none
+    found = summarise({0.0: table, 1.0: table}, CODES, 200)
+    for value, low, high in found[0.0]["figures"].values():
+        assert low <= value <= high
+
+
 @pytest.mark.parametrize(
     ("gain", "said"),
     [

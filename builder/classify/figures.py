@@ -97,5 +97,7 @@ def verdict(gain: Sequence[float | None]) -> str:
 
 
 def _with_interval(value: float, resamples: np.ndarray, bounds: tuple[float, float]) -> list[float | None]:
-    low, high = interval(float(value), resamples, bounds) or (None, None)
-    return [float(value), low, high]
+    found = interval(float(value), resamples, bounds)
+    if found is None:
+        return [float(value), None, None]
+    return [float(value), min(found[0], float(value)), max(found[1], float(value))]  # rounding may leave it outside
