@@ -156,6 +156,19 @@ def test_one_seed_and_a_class_of_one_patient_have_figures() -> None:
     assert low == value == high
 
 
+@pytest.mark.parametrize("crops", [3, 7, 54, 137])
+def test_an_interval_that_ends_at_its_figure_holds_it(crops: int) -> None:
+    table = np.zeros((5, 24, 3, 3), np.int64)
+    table[:, np.arange(24), np.arange(24) % 3, np.arange(24) % 3] = crops
+    table[0, 0, 0, 1], table[0, 0, 0, 0] = 1, crops - 1  # one crop wrong: most resamples have none
+    right = table.copy()
+    right[0, 0, 0, 1], right[0, 0, 0, 0] = 0, crops
+    found = summarise({0.0: right, 1.0: table}, CODES, 200)
+    for value, low, high in [*found[1.0]["figures"].values(), *found[1.0]["gains"].values()]:
+        assert low <= value <= high
+    assert found[1.0]["verdict"] == NEITHER and found[1.0]["gains"][MACRO_F1][0] < 0
+
+
 @pytest.mark.parametrize(
     ("gain", "said"),
     [

@@ -33,6 +33,7 @@ from builder.config import fingerprint
 from builder.errors import BuilderError
 from builder.progress import progress
 from builder.quality.panel import patient_of
+from builder.quality.sets.bootstrap import LEVEL
 from builder.shards.dataset import Dataset
 from builder.shards.lineage import find_leak
 from builder.shards.storage import Storage
@@ -208,7 +209,7 @@ class Study:
             "test_classes": {code: counts_of([r for r in test if r["phase"] == code]) for code in self.codes},
             "unit": unit_of(asked.real, self.rows), "leaks": self.leaks,
             "allow_leak": asked.allow_leak if self.leaks else None, "recipe": asdict(asked.recipe),
-            "replicates": asked.replicates, "level": 0.95, "torch": torch.__version__, "ratios": by_ratio,
+            "replicates": asked.replicates, "level": LEVEL, "torch": torch.__version__, "ratios": by_ratio,
         }  # fmt: skip
 
     def _described(self, synthetic: Dataset) -> dict[str, Any]:
