@@ -138,7 +138,11 @@ class Dataset:
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of all committed shards, in order."""
-        tables = [table.replace_schema_metadata() for _, table in self.tables(columns)]
+        stamps = self.stamps()
+        index = open_index(self.storage, self.name, stamps)
+        if index is not None and len(index) == index.covers == len(self.shard_numbers(stamps)):
+            return index.whole(None if columns is None else tuple(columns)).replace_schema_metadata()
+        tables = [table.replace_schema_metadata() for _, table in self.tables(columns, stamps)]
         if not tables:
             raise BuilderError(f"dataset '{self.name}' has no shards yet", "run the command that makes it to its end")
         return pa.concat_tables(tables, promote_options="default")

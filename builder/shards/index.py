@@ -56,6 +56,10 @@ class Index:
         """Shards that are in step."""
         return len(self._entries)
 
+    def whole(self, columns: tuple[str, ...] | None) -> pa.Table:
+        """The rows of all shards in order, in one reading."""
+        return self._file.read(list(columns) if columns is not None else None, use_threads=False)
+
     def metadata(self, number: int) -> dict[str, str]:
         return self._entries[number].metadata
 

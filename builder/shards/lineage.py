@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder.shards.dataset import Dataset
@@ -61,8 +60,11 @@ def is_invented(lineage: Mapping[str, Any]) -> bool:
 def patients_of(real: Dataset, splits: Sequence[str]) -> set[Any]:
     """The keyed hashes of the patients in these splits; None among them where a sample has no patient."""
     table = real.table(("patient", "split"))
-    held = pc.is_in(table["split"], value_set=pa.array(list(splits), pa.string()))
-    return set(pc.unique(table["patient"].filter(held)).to_pylist())
+    patients: set[Any] = set()
+    for split in splits:
+        held = pc.fill_null(pc.equal(table["split"], split), False)
+        patients |= set(pc.unique(table["patient"].filter(held)).to_pylist())
+    return patients
 
 
 def first_few(patients: Sequence[str]) -> str:
