@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class Source:
     def __getstate__(self) -> dict[str, Any]:  # a worker process opens its own files
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the interpreter ends
         for file in getattr(self, "_files", {}).values():
-            os.close(file)
+            close(file)
 
     @property
     def fingerprint(self) -> str:
