@@ -20,12 +20,13 @@ from builder.crops.labels import Codes, read_labels
 from builder.crops.pack import PackRequest, pack
 from builder.crops.patients import KEY_VARIABLE, PatientKey, find_key, photograph_group
 from builder.crops.photographs import Photographs
-from builder.crops.split import SPLITS, split_patients
+from builder.crops.split import split_patients
 from builder.crops.tables import patient_id
 from builder.demo.phantom_dataset import ensure_phantom
 from builder.errors import BuilderError
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
+from builder.shards.lineage import SPLITS
 from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
 

@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 
 from builder.mixing import MixedLoader
-from tests.test_mixing import CODES, make
+from tests.test_mixing import make, make_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("mix")
-    make(out, "real", {"I": 12, "P": 24, "R": 4})
-    make(out, "synth", dict.fromkeys(CODES, 9), origin="synthetic")
-    return out
+    return make_pair(tmp_path_factory.mktemp("mix"))
 
 
 def test_the_table_says_what_an_epoch_draws(pair: Path, builder) -> None:

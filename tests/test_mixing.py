@@ -75,15 +75,18 @@ def make(
     return dataset
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """real: I 12, P 24, R 4 in train; synth: 9 of each."""
-    out = tmp_path_factory.mktemp("pair")
+def make_pair(out: Path) -> Path:
+    """real: I 12, P 24, R 4 in train; synth: 9 of each; and two smaller synthetic ones."""
     make(out, "real", {"I": 12, "P": 24, "R": 4})
     make(out, "synth", dict.fromkeys(CODES, 9), origin="synthetic")
     make(out, "other", {"I": 5, "P": 1, "R": 2}, origin="synthetic")
     make(out, "single", {"P": 1}, origin="synthetic")
     return out
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 def epoch_keys(loader: MixedLoader, epoch: int = 0) -> list[list[str]]:

@@ -21,19 +21,14 @@ from builder.mixing.first_batches import ENOUGH, FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.ratio import RatioSchedule
 from builder.shards.writer import tar_path
-from tests.test_mixing import CODES, class_counts, decks, epoch_keys, make, synthetic_count
+from tests.test_mixing import CODES, class_counts, decks, epoch_keys, make, make_pair, synthetic_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:synthetic images differ:UserWarning")
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """real: I 12, P 24, R 4 in train; synth: 9 of each."""
-    out = tmp_path_factory.mktemp("options")
-    make(out, "real", {"I": 12, "P": 24, "R": 4})
-    make(out, "synth", dict.fromkeys(CODES, 9), origin="synthetic")
-    make(out, "other", {"I": 5, "P": 1, "R": 2}, origin="synthetic")
-    return out
+    return make_pair(tmp_path_factory.mktemp("options"))
 
 
 # -- counts and schedules --------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from builder.quality.panel import patient_of
 from builder.shards.dataset import Dataset
 from builder.shards.index import Stamps
 
-SPLITS = ("train", "val", "test")
 COLUMNS = ("key", "phase", "label", "split", "patient", "source", "sha256")
 PATIENTS = "patients"
 IDENTITY = ("key", "sha256", "label", "split", "patient")

@@ -13,7 +13,6 @@ import torch
 
 from builder.classify.data import (
     IDENTITY,
-    SPLITS,
     Rows,
     confusions,
     content_sha256,
@@ -35,7 +34,7 @@ from builder.progress import progress
 from builder.quality.panel import patient_of
 from builder.quality.sets.bootstrap import LEVEL
 from builder.shards.dataset import Dataset
-from builder.shards.lineage import find_leak
+from builder.shards.lineage import SPLITS, find_leak
 from builder.shards.storage import Storage
 
 Run = dict[str, Any]

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 
 from builder.errors import BuilderError
+from builder.shards.lineage import SPLITS
 
-SPLITS = ("train", "val", "test")
 SWEEPS = 20  # of improvement; two or three are enough for hundreds of patients
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.crops.split import SPLITS
+from builder.shards.lineage import SPLITS
 
 QUANTILES = (5, 25, 50, 75, 95)
 

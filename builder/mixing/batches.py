@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
 def wanted(epoch: int, starts: Sequence[int], size: int, workers: int) -> list[Wanted]:
     """The batches that begin at `starts`, made by so many workers in turn."""
     following = [*starts[max(1, workers) :], *[None] * max(1, workers)]
-    return [Wanted(epoch, *place) for place in zip(starts, [size] * len(starts), following, strict=False)]
+    return [Wanted(epoch, start, size, then) for start, then in zip(starts, following, strict=False)]
 
 
 class Requests:

@@ -22,6 +22,7 @@ from builder.mixing.ratio import UNITS
 from builder.mixing.schedule import keyed_integer, keyed_shuffle
 from builder.mixing.slots import AHEAD, Slots
 from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
+from builder.shards.lineage import SPLITS
 
 COLLATE = ("tuple", "dict", "numpy")
 END = object()
@@ -107,7 +108,7 @@ class MixedLoader:
         allow_leak: str | None = None,
         partial: bool = False,
     ) -> None:
-        one_of(split, ("train", "val", "test"), "split")
+        one_of(split, SPLITS, "split")
         one_of(ratio_unit, UNITS, "ratio_unit")
         one_of(classes, ("natural", "match_real", "balance"), "classes")
         one_of(exhausted, ("cycle", "stop"), "exhausted")

@@ -131,7 +131,7 @@ class Mix:
     def _next(self) -> Epoch:
         last = self._epochs[-1] if self._epochs else None
         number = 0 if last is None else last.number + 1
-        step = 0 if last is None else last.step - (-last.length // self.stride)
+        step = 0 if last is None else last.step + self.steps(last.number)
         before = np.zeros(len(self.decks), np.int64) if last is None else last.before + last.drawn
         stretches = [
             (None if steps is None else steps * self.stride, self._origins[share])

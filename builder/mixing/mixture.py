@@ -17,10 +17,10 @@ from builder.mixing.schedule import Deck, InOrder
 from builder.mixing.sources import Source
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset
+from builder.shards.lineage import SPLITS
 
 Reference = str | Path | Dataset
 DEFAULT_RATIO = 0.25
-SPLITS = ("train", "val", "test")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from builder.shards.dataset import Dataset
 
 HELD_OUT = ("val", "test")
+SPLITS = ("train", *HELD_OUT)
 NAMED = 5  # of the patients that leak, so many are named
 INVENTED = "cf8ccfd2fece181e"  # fingerprint of the phantom's key, too short for a site's: its patients are nobody
 
