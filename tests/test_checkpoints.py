@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from builder.cli.checkpoint import checkpoint
+from builder.documents import read_document, write_document
 from builder.errors import BuilderError
 from builder.models.checkpoint import read_checkpoint, resolve, run_history
 from builder.models.exporting import export
@@ -48,9 +49,8 @@ def run(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
     for entry in history.entries:
         shutil.copytree(tiny_checkpoint, run / entry.path, copy_function=os.link)
         description = run / entry.path / "checkpoint.json"
-        data = {**json.loads(description.read_text()), "step": entry.step, "epoch": entry.epoch}
-        description.unlink()
-        description.write_text(json.dumps({**data, "metrics": entry.metrics}))
+        data = {**read_document(description), "step": entry.step, "epoch": entry.epoch}
+        write_document(description, {**data, "metrics": entry.metrics})
     return run
 
 
@@ -74,7 +74,7 @@ def test_history_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
     assert History.read(tmp_path / "nowhere") == History()
     (tmp_path / "history.json").write_text(text[:-20])
-    with pytest.raises(BuilderError, match=r"history\.json cannot be read"):
+    with pytest.raises(BuilderError, match=r"history\.json is damaged"):
         History.read(tmp_path)
 
 
@@ -356,12 +356,10 @@ def test_export_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
 
 def test_hash_of_an_adapter_is_of_base_and_adapter(adapter: Path) -> None:
     before = read_checkpoint(adapter).sha256
-    description = json.loads((adapter / "checkpoint.json").read_text())
-    (adapter / "checkpoint.json").write_text(
-        json.dumps({**description, "base": {**description["base"], "sha256": "0"}})
-    )
+    description = read_document(adapter / "checkpoint.json")
+    write_document(adapter / "checkpoint.json", {**description, "base": {**description["base"], "sha256": "0"}})
     assert read_checkpoint(adapter).sha256 != before
-    (adapter / "checkpoint.json").write_text(json.dumps(description))
+    write_document(adapter / "checkpoint.json", description)
     assert read_checkpoint(adapter).sha256 == before
     file = adapter / "pytorch_lora_weights.safetensors"
     data = bytearray(file.read_bytes())

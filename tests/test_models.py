@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builder.documents import read_document, write_document
 from builder.errors import BuilderError
 from builder.models.building import clip_tokenizer
 from builder.models.checkpoint import Checkpoint, Lineage, read_checkpoint, resolve, save_checkpoint
@@ -138,12 +139,12 @@ def test_round_trip(saved: Checkpoint) -> None:
 
 
 def test_hash_is_of_what_decides_the_images(saved: Checkpoint, copied: Path) -> None:
-    description = json.loads((copied / "checkpoint.json").read_text())
-    (copied / "checkpoint.json").write_text(json.dumps({**description, "metrics": {"fid": 1.0}, "created": "later"}))
+    description = read_document(copied / "checkpoint.json")
+    write_document(copied / "checkpoint.json", {**description, "metrics": {"fid": 1.0}, "created": "later"})
     assert read_checkpoint(copied).sha256 == saved.sha256
-    (copied / "checkpoint.json").write_text(json.dumps({**description, "original_sizes": {"I": [9]}}))
+    write_document(copied / "checkpoint.json", {**description, "original_sizes": {"I": [9]}})
     assert read_checkpoint(copied).sha256 != saved.sha256
-    (copied / "checkpoint.json").write_text(json.dumps(description))
+    write_document(copied / "checkpoint.json", description)
     _edit(copied / "unet", lambda weights: weights["conv_in.bias"].add_(1))
     assert read_checkpoint(copied).sha256 != saved.sha256
 

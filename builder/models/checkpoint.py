@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from builder.display import printable
+from builder.documents import read_document, write_document
 from builder.errors import BuilderError
 from builder.models.history import Entry, History
 from builder.phases import ClassTable
@@ -194,16 +196,24 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     file = folder / DESCRIPTION
     if not file.is_file():
         return Checkpoint(folder, family=_foreign_family(folder))
-    try:
-        data: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
-        classes = ClassTable.from_json(data["classes"]) if data.get("classes") else None
-        lineage = Lineage(**data.get("lineage", {}))
-        known = {f.name for f in dataclasses.fields(Checkpoint)} - {"path", "classes", "lineage"}
-        return Checkpoint(folder, classes=classes, lineage=lineage, **{key: data[key] for key in known if key in data})
-    except (ValueError, KeyError, TypeError) as error:
+    data = read_description(folder)
+    classes = ClassTable.from_json(data["classes"]) if data.get("classes") else None
+    said = data.get("lineage") or {}
+    if unknown := sorted(said.keys() - {f.name for f in dataclasses.fields(Lineage)}):
         raise BuilderError(
-            f"{file} cannot be read: {error!r}", "restore it, or remove it: the lineage is then unknown"
-        ) from None
+            f"{file} is damaged: 'lineage.{printable(unknown[0])}' is not known here", "take a version that knows it"
+        )
+    lineage = Lineage(**said)
+    known = {f.name for f in dataclasses.fields(Checkpoint)} - {"path", "classes", "lineage"}
+    return Checkpoint(folder, classes=classes, lineage=lineage, **{key: data[key] for key in known if key in data})
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What checkpoint.json in a folder says. BuilderError when it is damaged; FileNotFoundError when there is none."""
+    from builder.models.checkpoint_document import CheckpointDocument  # pydantic takes 0.1 s
+
+    remedy = "restore it, or remove it: the lineage is then unknown"
+    return read_document(folder / DESCRIPTION, CheckpointDocument, remedy=remedy)
 
 
 def _foreign_family(folder: Path) -> str:
@@ -246,9 +256,8 @@ def save_adapter(unet: Any, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_description(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write checkpoint.json into a folder."""
-    text = json.dumps(checkpoint.to_json(), indent=1, sort_keys=True, allow_nan=False)
-    (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    """Write checkpoint.json, with its checksum, into a folder."""
+    write_document(folder / DESCRIPTION, checkpoint.to_json())
 
 
 @contextlib.contextmanager

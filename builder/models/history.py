@@ -6,16 +6,15 @@ RUN/history.json is always valid JSON: a score that is not finite is null there.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from builder.documents import MAX_BYTES, parse_json, read_document, write_document
 from builder.errors import BuilderError, did_you_mean
+from builder.files import read_file
 
 FILE = "history.json"
 MODES = ("min", "max")
@@ -120,19 +119,9 @@ class History:
         return dataclasses.replace(self, entries=tuple(there))
 
     def write(self, run: Path) -> None:
-        """Write RUN/history.json, whole or not at all."""
+        """Write RUN/history.json with its checksum, whole or not at all."""
         data = {"monitor": self.monitor, "mode": self.mode, "checkpoints": [plain(vars(e)) for e in self.entries]}
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=run)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            os.replace(temporary, run / FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_document(run / FILE, data)
 
     @classmethod
     def read(cls, run: Path) -> History:
@@ -140,12 +129,11 @@ class History:
         file = run / FILE
         if not file.is_file():
             return cls()
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            entries = [Entry(**entry) for entry in data["checkpoints"]]
-            return cls(tuple(sorted(entries, key=lambda e: e.step)), data.get("monitor") or "", data.get("mode", "min"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BuilderError(f"{file} cannot be read: {error!r}", "restore it, or remove it") from None
+        from builder.models.checkpoint_document import HistoryDocument  # pydantic takes 0.1 s
+
+        data = read_document(file, HistoryDocument, remedy="restore it, or remove it")
+        entries = [Entry(**entry) for entry in data["checkpoints"]]
+        return cls(tuple(sorted(entries, key=lambda e: e.step)), data.get("monitor") or "", data.get("mode", "min"))
 
     def _require_some(self) -> None:
         if not self.entries:
@@ -174,11 +162,10 @@ def read_legacy_history(path: Path) -> tuple[History, list[str]]:
     reported in the notes, with the metric that was probably meant, and dropped unless that one exists.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_file(path, MAX_BYTES + 1)
     except OSError as error:
         raise BuilderError(f"{path} cannot be read: {error.strerror}", "check the path") from None
-    except ValueError as error:
-        raise BuilderError(f"{path} is not JSON: {error}", "copy the file again") from None
+    data = plain(parse_json(raw, str(path), remedy="copy the file again", constants=True))
     rows = data.get("checkpoint_history") if isinstance(data, dict) else None
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("epoch"), int) for row in rows

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from builder.errors import BuilderError
 from builder.models.building import Architecture, Pipeline
-from builder.models.checkpoint import DESCRIPTION, Checkpoint, without_bars
+from builder.models.checkpoint import DESCRIPTION, Checkpoint, read_description, without_bars
 from builder.models.families import Family, family_of
 from builder.models.lora import ADAPTER, fuse_lora, load_lora
 from builder.models.single_file import load_single_file
@@ -101,7 +101,7 @@ def _require_fitting(family: Family, parts: dict[str, Any], folder: Path) -> Non
 
 def _load_adapted(folder: Path) -> Pipeline:
     """The base that checkpoint.json names, the very same weights, with the adapter fused into its denoiser."""
-    description = _read_json(folder / DESCRIPTION)
+    description = _description(folder)
     named = description.get("base") or {}
     if not named.get("reference") or not named.get("sha256"):
         raise BuilderError(f"{folder / DESCRIPTION} names no base for its LoRA", "give `base`: reference and sha256")
@@ -119,6 +119,13 @@ def _load_adapted(folder: Path) -> Pipeline:
     load_lora(pipeline.unet, folder / ADAPTER)
     fuse_lora(pipeline.unet)
     return pipeline
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    try:
+        return read_description(folder)
+    except FileNotFoundError:
+        raise BuilderError(f"{folder / DESCRIPTION} is missing", "copy the whole checkpoint folder") from None
 
 
 def _weights(folder: Path, kind: Any, stem: str) -> Any:

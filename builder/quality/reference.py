@@ -6,7 +6,6 @@ noisy beyond use, flat images. With it, a filter says without torch what a thres
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from builder.config import fingerprint
+from builder.documents import read_document, validate, write_document
 from builder.errors import BuilderError
 from builder.quality.gates import Gates
 from builder.shards.dataset import Dataset
@@ -112,17 +112,15 @@ def load_reference(dataset: Dataset) -> Reference:
     path = reference_path(owner)
     remedy = f"run `builder score {owner.name} --against REAL`, with --partial where it is not complete"
     try:
-        data = json.loads(owner.storage.read(path))
+        data = read_document(path, storage=owner.storage, remedy="score the dataset again")
     except FileNotFoundError:
         raise BuilderError(f"dataset '{dataset.name}' was never scored against real crops", remedy) from None
-    except ValueError as error:
-        raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
     if data.get("score_version") != SCORE_VERSION:
         raise BuilderError(f"the scores of '{dataset.name}' were made by another version of this program", remedy)
-    try:
-        reference = Reference.from_json(data)
-    except TypeError as error:
-        raise BuilderError(f"{path} is damaged: {error}", "score the dataset again") from None
+    from builder.quality.reference_document import ReferenceDocument  # pydantic takes 0.1 s
+
+    validate(data, ReferenceDocument, path, remedy="score the dataset again")
+    reference = Reference.from_json(data)
     for number in owner.shard_numbers()[:1]:  # scoring begins with this one; what it did not reach, its readers see
         if owner.shard_metadata(number).get(STAMP, reference.version) != reference.version:
             raise BuilderError(
@@ -132,8 +130,8 @@ def load_reference(dataset: Dataset) -> Reference:
 
 
 def save_reference(dataset: Dataset, reference: Reference) -> None:
-    data = json.dumps(reference.to_json(), indent=1, sort_keys=True, allow_nan=False)
-    dataset.storage.write(reference_path(dataset), data.encode() + b"\n")
+    """Write reference.json with its checksum."""
+    write_document(reference_path(dataset), reference.to_json(), dataset.storage)
 
 
 def yardstick_table(reference: Reference) -> dict[str, pa.Table]:

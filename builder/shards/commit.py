@@ -32,8 +32,9 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.files import TEMPORARY, fsync_folder  # a staged tar is named so: sweeping it away is to revoke it
+
 STAGED = "job/staged"  # beside the manifests: a folder that stays small, because every attempt reads it
-TEMPORARY = ".tmp-"  # prefix of a staged tar; readers leave it out, and sweeping it away is to revoke it
 ATTEMPTS = 20
 PAUSE = 0.01  # s; the longest pause after the first attempt, doubled after each
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK)
@@ -119,14 +120,6 @@ def create_by_link(source: Path, target: Path) -> None:
         if target.exists():  # a file system without links: between this look and the rename another could come
             raise FileExistsError(errno.EEXIST, "is there already", str(target)) from None
         os.rename(source, target)
-
-
-def fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from builder.documents import read_document, write_document
 from builder.errors import BuilderError, did_you_mean
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
@@ -27,7 +27,6 @@ from builder.shards.writer import manifest_path, pixel_sha256
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a tar's member has room for 100 characters: name, class code and index
 SHARD = re.compile(r"shard-\d{6,}\.parquet")  # the name of a manifest
 OTHER_PIXELS = "its pixels are not those of the manifest: the tar is of another run, or damaged"
-REQUIRED = ("state", "origin", "classes")  # of dataset.json
 
 
 @dataclass(frozen=True)
@@ -59,26 +58,22 @@ class Dataset:
 
         BuilderError when it is not there, or damaged.
         """
+        from builder.shards.dataset_document import DatasetDocument  # pydantic takes 0.1 s
+
         try:
-            info = dict(json.loads(self.storage.read(self.info_path)))
-            ClassTable.from_json(info["classes"])
+            return read_document(self.info_path, DatasetDocument, self.storage, remedy=self._remake)
         except FileNotFoundError:
             raise BuilderError(
                 f"there is no dataset '{self.name}' in {self.storage.root}", "see `builder list`"
             ) from None
-        except (ValueError, TypeError, KeyError, BuilderError) as error:
-            raise BuilderError(f"{self.info_path} is damaged: {error!r}", self._remake) from None
-        missing = [key for key in REQUIRED if key not in info]
-        if missing:
-            raise BuilderError(f"{self.info_path} has no '{missing[0]}'", self._remake)
-        return info
 
     @property
     def _remake(self) -> str:
         return f"restore it, or `builder rm {self.name}` and make the dataset again"
 
     def write_info(self, info: dict[str, Any]) -> None:
-        self.storage.write(self.info_path, json.dumps(info, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+        """Write dataset.json with its checksum."""
+        write_document(self.info_path, info, self.storage)
 
     def clear(self) -> None:
         """Remove all of it, dataset.json first: killed on the way, this leaves nothing that looks like a dataset."""

@@ -17,7 +17,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from builder.errors import BuilderError
-from builder.shards.commit import TEMPORARY, create_by_link, fsync_folder
+from builder.files import TEMPORARY, open_file, replace_file
+from builder.shards.commit import create_by_link
 from builder.shards.stores import connect, explained
 
 READERS = 16  # files read at once from an object store
@@ -138,7 +139,7 @@ class Storage:
             with explained(self.root):
                 end = None if size is None else offset + size
                 return bytes(self.fs.cat_file(self.path(relative), start=offset, end=end))
-        with open(self.path(relative), "rb") as file:
+        with open_file(self.path(relative)) as file:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
@@ -165,7 +166,7 @@ class Storage:
     def open(self, relative: str) -> BinaryIO:
         """A file to read here and there, as Parquet is read."""
         if self.is_local:
-            return open(self.path(relative), "rb")
+            return open_file(self.path(relative))
         with explained(self.root):
             return cast(BinaryIO, self.fs.open(self.path(relative), "rb"))
 
@@ -188,20 +189,7 @@ class Storage:
 
     def _replace(self, relative: str, fill: Callable[[BinaryIO], object]) -> None:
         """A local file, through a temporary name: what is visible is the old one or, whole and on disk, the new one."""
-        target = Path(self.path(relative))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                fill(cast(BinaryIO, file))
-                file.flush()
-                os.fchmod(file.fileno(), 0o644)
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        fsync_folder(target.parent)
+        replace_file(self.path(relative), fill)
 
     def create(self, relative: str, data: bytes) -> bool:
         """Write a whole file unless it is there; True when this call made it: of many at once, one hears True.
