@@ -34,7 +34,7 @@ def filter_(
     with the largest margin first; never what gates, --where or --no-duplicates turned away. --balance keeps the first
     images of each phase in the order of the plan, and the share of hard ones.
     """
-    from builder.quality.reference import has_reference, load_reference, save_reference
+    from builder.quality.reference import copy_reference
     from builder.shards.dataset import Dataset, find_dataset
     from builder.shards.filter import already_filtered, filter_dataset, judge_dataset
 
@@ -45,6 +45,7 @@ def filter_(
 
     target = Dataset(name or f"{source.name}-accepted", source.storage)
     if not dry_run and already_filtered(source, criteria, target, view=view):
+        copy_reference(source, target)  # which an older version left out when it was killed
         click.echo(f"dataset '{target.name}' is just this already; nothing to do")
         return
     judgement = judge_dataset(source, criteria)
@@ -55,8 +56,6 @@ def filter_(
     if not judgement.accepted.any():
         click.echo("no image passes: nothing was written", err=True)
         sys.exit(1)
-    filter_dataset(source, criteria, judgement, target, view=view)
-    if has_reference(source):
-        save_reference(target, load_reference(source))  # it can be filtered again when its source is gone
+    filter_dataset(source, criteria, judgement, target, view=view, write_beside=lambda: copy_reference(source, target))
     click.echo(f"wrote {'view' if view else 'dataset'} '{target.name}': {judgement.accepted.sum():,} images; "
                f"rejects with reasons in manifests/{target.name}/rejects")  # fmt: skip

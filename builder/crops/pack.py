@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +21,8 @@ from builder.crops.split import split_patients
 from builder.crops.summary import PackSummary, Tally
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
-from builder.shards.lock import LOCK, exclusive
+from builder.shards.lock import exclusive
+from builder.shards.whole import all_or_nothing
 from builder.shards.writer import Sample, encode_png, image_row, write_shards
 
 __all__ = ["PackRequest", "PackSummary", "pack"]
@@ -51,34 +51,11 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
     with exclusive(dataset):
         if dataset.exists() and (existing := _existing(dataset, inputs)):
             return existing
-        with _all_or_nothing(dataset):
+        with all_or_nothing(dataset):
             dataset.write_info({**info, "state": "partial", "count": 0})
             summary = _write(request, dataset, plan, patients, splits, key, progress)
             dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
     return summary
-
-
-@contextmanager
-def _all_or_nothing(dataset: Dataset) -> Iterator[None]:
-    """Start from an empty dataset, and leave nothing of it when the block fails."""
-    manifests, shards = f"manifests/{dataset.name}", f"shards/{dataset.name}"
-    for name in dataset.storage.list(manifests):  # before the tars, so that no manifest ever lacks its own
-        if name != LOCK:
-            dataset.storage.remove(f"{manifests}/{name}")
-    dataset.storage.sweep(manifests)
-    dataset.storage.remove(shards)
-    try:
-        yield
-    except Exception as error:
-        dataset.clear()
-        failure = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(failure, OSError):
-            raise BuilderError(
-                f"dataset '{dataset.name}' cannot be written under {dataset.storage.root}: "
-                f"{failure.strerror or failure}; nothing of it was kept",
-                "make room or choose another --out, then run the same command again",
-            ) from None
-        raise
 
 
 # -- what decides the dataset -----------------------------------------------------------------------------------------

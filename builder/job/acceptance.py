@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 from scipy.stats import binomtest
 
 from builder.errors import BuilderError
@@ -62,8 +61,7 @@ def accepted_shares(accepted: Dataset) -> dict[str, Share]:
     made = passed.copy()
     folder = f"manifests/{accepted.name}/rejects"
     for name in accepted.storage.list(folder, ".parquet"):
-        with accepted.storage.fs.open(accepted.storage.path(f"{folder}/{name}"), "rb") as file:
-            rows = pq.read_table(file, columns=["phase", "reason"]).to_pydict()
+        rows = accepted.rejects(name, ["phase", "reason"]).to_pydict()
         made.update(rows["phase"])
         passed.update(code for code, why in zip(rows["phase"], rows["reason"], strict=True) if why == SURPLUS)
     return {code: Share(passed[code], made[code]) for code in accepted.classes.codes if made[code]}

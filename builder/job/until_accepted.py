@@ -25,7 +25,7 @@ from builder.job.plan import Unit
 from builder.job.rounds import Rounds
 from builder.job.run import Outcome, begun, crew_of, run_job
 from builder.job.spec import JobSpec
-from builder.quality.reference import load_reference, save_reference
+from builder.quality.reference import copy_reference, load_reference
 from builder.shards.criteria import Criteria, Facts, Judgement, judge
 from builder.shards.dataset import Dataset
 from builder.shards.filter import filter_dataset, judge_dataset
@@ -287,6 +287,5 @@ def _write(dataset: Dataset, criteria: Criteria, target: Dataset) -> Judgement:
     if target.exists() and target.info["state"] == "complete":
         remove_dataset(target.storage, target.name)  # refused while a view reads it
     judgement = judge_dataset(dataset, criteria)
-    filter_dataset(dataset, criteria, judgement, target)
-    save_reference(target, load_reference(dataset))  # it can be filtered again when its source is gone
+    filter_dataset(dataset, criteria, judgement, target, write_beside=lambda: copy_reference(dataset, target))
     return judgement

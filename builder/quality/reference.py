@@ -134,6 +134,15 @@ def save_reference(dataset: Dataset, reference: Reference) -> None:
     write_document(reference_path(dataset), reference.to_json(), dataset.storage)
 
 
+def copy_reference(source: Dataset, target: Dataset) -> None:
+    """Give a filtered dataset the reference of its source: it can be filtered again when its source is gone.
+
+    Nothing where the source was never scored, or the target has a reference of its own already.
+    """
+    if has_reference(source) and not target.storage.exists(reference_path(target)):
+        save_reference(target, load_reference(source))
+
+
 def yardstick_table(reference: Reference) -> dict[str, pa.Table]:
     """The yardsticks as tables that a filter can judge: kind in words -> columns `phase` and the numeric scores."""
     tables = {}

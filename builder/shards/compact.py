@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,8 @@ import pyarrow.parquet as pq
 
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
-from builder.shards.index import INDEX, Entry, footer, open_index
+from builder.shards.index import INDEX, Entry, footer, open_index, seal_index
+from builder.shards.lock import LockedError, exclusive
 from builder.shards.schema import SCHEMA
 from builder.shards.writer import manifest_name
 
@@ -29,11 +31,10 @@ class _WiderError(Exception):
 def compact(dataset: Dataset, on_shard: Callable[[], object] = lambda: None) -> int:
     """Write the index of `dataset` anew; returns the number of its rows. What is in step of an older one is read there.
 
-    What changes while this runs is out of step afterwards, and so not used. BuilderError when there is no shard, or a
-    manifest can't be read.
+    BuilderError when there is no shard, a manifest can't be read, or another process is writing the dataset.
     """
     schema = SCHEMA
-    with tempfile.TemporaryDirectory(prefix="builder-index-") as folder:
+    with exclusive(dataset), tempfile.TemporaryDirectory(prefix="builder-index-") as folder:
         path = Path(folder) / INDEX
         while True:
             try:
@@ -55,9 +56,14 @@ def in_step(dataset: Dataset) -> bool | None:
 
 
 def keep_in_step(dataset: Dataset) -> None:
-    """Write the index anew where there is one and it is out of step: for commands that change manifests."""
+    """Write the index anew where there is one and it is out of step: for commands that change manifests.
+
+    Nothing where another process (a rank of the same job, say) holds the dataset: an index that is out of step is only
+    slower.
+    """
     if in_step(dataset) is False:
-        compact(dataset)
+        with suppress(LockedError):
+            compact(dataset)
 
 
 def _write(dataset: Dataset, schema: pa.Schema, path: Path, on_shard: Callable[[], object]) -> int:
@@ -65,7 +71,7 @@ def _write(dataset: Dataset, schema: pa.Schema, path: Path, on_shard: Callable[[
     waiting: list[pa.Table] = []
     group = start = 0
     stamps = dataset.stamps()
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
         for number, table in dataset.tables(stamps=stamps):
             added = [field for field in table.schema if schema.get_field_index(field.name) < 0]
             if added:
@@ -83,7 +89,10 @@ def _write(dataset: Dataset, schema: pa.Schema, path: Path, on_shard: Callable[[
             writer.write_table(pa.concat_tables(waiting), row_group_size=start)
         if not entries:
             raise BuilderError(f"dataset '{dataset.name}' has no shards yet", "run the command that makes it first")
-        writer.add_key_value_metadata(footer(entries))
+        groups = group + (1 if start else 0)
+        chunks = groups * len(schema)  # a list of numbers is one column, too
+        writer.add_key_value_metadata(footer(entries, chunks))
+    seal_index(path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return sum(entry.rows for entry in entries)

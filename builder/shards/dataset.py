@@ -14,18 +14,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from builder.documents import read_document, write_document
 from builder.errors import BuilderError, did_you_mean
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
+from builder.shards.sealed import DamagedError, open_parquet, without_seal
 from builder.shards.storage import Storage
-from builder.shards.writer import manifest_path, pixel_sha256
+from builder.shards.writer import manifest_name, manifest_path, pixel_sha256
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a tar's member has room for 100 characters: name, class code and index
 SHARD = re.compile(r"shard-\d{6,}\.parquet")  # the name of a manifest
+REJECTS = "rejects"  # folder of the rows that a filter turned away, among the manifests
+LOCK = ".lock"  # in the folder of the manifests, of a local dataset
 OTHER_PIXELS = "its pixels are not those of the manifest: the tar is of another run, or damaged"
 
 
@@ -76,9 +78,18 @@ class Dataset:
         write_document(self.info_path, info, self.storage)
 
     def clear(self) -> None:
-        """Remove all of it, dataset.json first: killed on the way, this leaves nothing that looks like a dataset."""
-        for path in (self.info_path, f"shards/{self.name}", f"manifests/{self.name}"):
-            self.storage.remove(path)
+        """Remove all of it but the lock, for who holds that (see shards.lock).
+
+        dataset.json goes first, so that a removal that is killed leaves nothing that looks like a dataset; then the
+        manifests, so that none of them ever lacks its tar.
+        """
+        self.storage.remove(self.info_path)
+        folder = f"manifests/{self.name}"
+        for name in self.storage.list(folder):
+            if name != LOCK:
+                self.storage.remove(f"{folder}/{name}")
+        self.storage.sweep(folder)
+        self.storage.remove(f"shards/{self.name}")
 
     @cached_property
     def classes(self) -> ClassTable:
@@ -106,7 +117,8 @@ class Dataset:
 
     def shard_schema(self, number: int) -> pa.Schema:
         with self._explained(number):
-            return pq.read_schema(io.BytesIO(self._read(number)))
+            schema = open_parquet(self._read(number), name=manifest_name(number)).schema_arrow
+            return schema.with_metadata(without_seal(schema.metadata))
 
     def tables(
         self, columns: Sequence[str] | None = None, stamps: Stamps | None = None
@@ -121,10 +133,11 @@ class Dataset:
         read = self.storage.read_many([manifest_path(self.name, number) for number in others])
         chosen = None if columns is None else tuple(columns)
         for number in numbers:
-            if index is not None and number in index:
-                yield number, index.table(number, chosen)
-            else:
+            if index is None or number not in index:
                 yield number, self.parse(number, next(read), chosen)
+                continue
+            rows = index.table(number, chosen)
+            yield number, self.shard_table(number, chosen) if rows is None else rows
 
     def metadatas(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Number and schema metadata of each committed shard, in order; as `tables`, without rows."""
@@ -136,7 +149,9 @@ class Dataset:
         stamps = self.stamps()
         index = open_index(self.storage, self.name, stamps)
         if index is not None and len(index) == index.covers == len(self.shard_numbers(stamps)):
-            return index.whole(None if columns is None else tuple(columns)).replace_schema_metadata()
+            rows = index.whole(None if columns is None else tuple(columns))
+            if rows is not None:
+                return rows
         tables = [table.replace_schema_metadata() for _, table in self.tables(columns, stamps)]
         if not tables:
             raise BuilderError(f"dataset '{self.name}' has no shards yet", "run the command that makes it to its end")
@@ -148,8 +163,25 @@ class Dataset:
             if isinstance(manifest, OSError):
                 raise manifest
             # A third of the time that pq.read_table takes, and threads don't pay for a few hundred rows.
-            file = pq.ParquetFile(io.BytesIO(manifest))
-            return file.read(columns=None if columns is None else list(columns), use_threads=False)
+            file = open_parquet(manifest, name=manifest_name(number))
+            table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+            return table.replace_schema_metadata(without_seal(table.schema.metadata))
+
+    def rejects(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows that a filter turned away, of the file `name` in the folder of rejects.
+
+        BuilderError when it is not there, or damaged.
+        """
+        path = f"manifests/{self.name}/{REJECTS}/{name}"
+        try:
+            table = open_parquet(self.storage.read(path), name=name).read(
+                columns=None if columns is None else [*columns]
+            )
+        except (pa.ArrowException, DamagedError, OSError) as error:
+            raise BuilderError(
+                f"{path} cannot be read: {error}", f"`builder rm {self.name}`, and filter again"
+            ) from None
+        return table.replace_schema_metadata(without_seal(table.schema.metadata))
 
     def _read(self, number: int) -> bytes:
         with self._explained(number):
@@ -159,7 +191,7 @@ class Dataset:
     def _explained(self, number: int) -> Iterator[None]:
         try:
             yield
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, DamagedError, OSError) as error:
             raise BuilderError(
                 f"{manifest_path(self.name, number)} cannot be read: {error}",
                 f"run `builder verify {self.name} --repair`, or remove this file: its shard is then not there",
@@ -176,11 +208,22 @@ class Dataset:
 
         BuilderError names shard and key when it can't be read, or (where the row has `sha256`) its pixels are others.
         """
+        return self._checked(row)[1]
+
+    def checked_payload(self, row: dict[str, Any]) -> bytes:
+        """The encoded image of a manifest row, after it was decoded and its pixels were compared with the row's.
+
+        BuilderError as `pixels`.
+        """
+        return self._checked(row)[0]
+
+    def _checked(self, row: dict[str, Any]) -> tuple[bytes, np.ndarray]:
         try:
-            pixels = decode(self.payload(row))
+            payload = self.payload(row)
+            pixels = decode(payload)
             if "sha256" in row and pixel_sha256(pixels) != row["sha256"]:
                 raise ValueError(OTHER_PIXELS)
-            return pixels
+            return payload, pixels
         except (OSError, SyntaxError, ValueError) as error:
             where = f"{row['key']} in {row['shard']}"
             raise BuilderError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,20 +13,24 @@ import pyarrow as pa
 
 from builder.errors import BuilderError
 from builder.shards.criteria import Criteria, Facts, Judgement, judge_facts
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import REJECTS, Dataset
+from builder.shards.lock import exclusive
 from builder.shards.schema import STAMP
+from builder.shards.whole import all_or_nothing
 from builder.shards.writer import (
     IMAGES_PER_SHARD,
     INDEXED,
     Sample,
     encode_png,
+    manifest_name,
     manifest_path,
-    shard_name,
     write_manifest,
     write_shards,
 )
 
 PLACE = ("shard", "offset", "size")
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+FEW = 8  # where less than this fraction of a tar's bytes is copied, its images are checked one by one
 HISTORY = ("inputs", "summary", "adopted_from", "indexed_from")  # of dataset.json: of the source, not of the target
 
 
@@ -50,16 +56,43 @@ def judge_dataset(dataset: Dataset, criteria: Criteria) -> Judgement:
 
 
 def filter_dataset(
-    dataset: Dataset, criteria: Criteria, judgement: Judgement, target: Dataset, *, view: bool = False
-) -> None:
+    dataset: Dataset, criteria: Criteria, judgement: Judgement, target: Dataset, *, view: bool = False,
+    write_beside: Callable[[], object] | None = None,
+) -> bool:  # fmt: skip
     """Write what the judgement of `dataset` accepts as `target`, and the rest to its rejects, with the reasons.
 
     A view's manifests point into the source's tars; otherwise the images are repacked, byte for byte, into full
-    shards. The source is never touched. Interrupted, the target stays partial and is made anew. BuilderError when
-    `target` is another dataset's name.
+    shards, and what is copied is checked first (see `_Payloads`). The source is never touched. dataset.json says
+    complete only when all else is there. Killed, the target stays partial, and the next run makes it anew; where it
+    fails, nothing of it is kept.
+
+    Args:
+        dataset: The source.
+        criteria: What was judged by; recorded.
+        judgement: Of the images of `dataset`, in their order.
+        target: The dataset to make.
+        view: Write manifests alone.
+        write_beside: Writes what belongs beside the manifests of `target`: the reference of its scores.
+
+    Returns:
+        Whether it was written; False: it was there already, made by the same filter.
+
+    Raises:
+        BuilderError: `target` is another dataset's name, or another process is writing it; an image or a tar of the
+            source is damaged.
     """
-    if already_filtered(dataset, criteria, target, view=view):
-        return
+    with exclusive(target):
+        if already_filtered(dataset, criteria, target, view=view):
+            return False
+        with all_or_nothing(target):
+            _write(dataset, criteria, judgement, target, view, write_beside)
+    return True
+
+
+def _write(
+    dataset: Dataset, criteria: Criteria, judgement: Judgement, target: Dataset, view: bool,
+    write_beside: Callable[[], object] | None,
+) -> None:  # fmt: skip
     info = _begin(dataset, criteria, target, view=view)
     judged = _judged(dataset, judgement, target)
     if view:
@@ -69,7 +102,11 @@ def filter_dataset(
         stamp = dataset.shard_metadata(dataset.shard_numbers()[0]).get(STAMP)
         metadata = {STAMP: stamp} if stamp else {}
         write_shards(target.storage, target.name, _samples(judged, dataset), per_shard, metadata)
-    target.write_info({**info, "state": "complete", "count": int(judgement.accepted.sum())})
+    if write_beside is not None:
+        write_beside()
+    count = int(judgement.accepted.sum())
+    rejected = len(judgement.accepted) - count
+    target.write_info({**info, "state": "complete", "count": count, "rejected": rejected})
 
 
 def already_filtered(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> bool:
@@ -118,7 +155,6 @@ def _require_scores(dataset: Dataset, facts: pa.Table, criteria: Criteria) -> No
 
 def _begin(dataset: Dataset, criteria: Criteria, target: Dataset, *, view: bool) -> dict[str, Any]:
     source = dataset.info
-    target.clear()  # what an interrupted run left; complete targets are refused before
     info = {
         **{key: value for key, value in source.items() if key not in HISTORY},
         "name": target.name,
@@ -145,7 +181,7 @@ def _judged(dataset: Dataset, judgement: Judgement, target: Dataset) -> Iterator
             rows = start + np.flatnonzero(~accepted)
             reasons = ["; ".join(said) for said in judgement.reasons_of(rows)]
             turned_away = table.filter(pa.array(~accepted)).append_column("reason", pa.array(reasons))
-            path = f"manifests/{target.name}/rejects/{shard_name(number)}.parquet"
+            path = f"manifests/{target.name}/{REJECTS}/{manifest_name(number)}"
             write_manifest(target.storage, path, turned_away)
         yield number, table.filter(pa.array(accepted))
         start += table.num_rows
@@ -160,7 +196,55 @@ def _write_view(judged: Iterable[tuple[int, pa.Table]], target: Dataset) -> None
 def _samples(judged: Iterable[tuple[int, pa.Table]], dataset: Dataset) -> Iterator[Sample]:
     """The accepted images with their payloads, byte for byte; those of indexed tars in our codec, pixel for pixel."""
     for _, accepted in judged:
-        foreign = INDEXED.encode() in (accepted.schema.metadata or {})
-        for row in accepted.to_pylist():
-            payload = encode_png(dataset.pixels(row)) if foreign else dataset.payload(row)
+        metadata = {key.decode(): value.decode() for key, value in (accepted.schema.metadata or {}).items()}
+        rows = accepted.to_pylist()
+        payloads = None if INDEXED in metadata else _Payloads(dataset, rows, metadata)
+        for row in rows:
+            payload = encode_png(dataset.pixels(row)) if payloads is None else payloads.of(row)
             yield Sample({name: value for name, value in row.items() if name not in PLACE}, payload)
+
+
+class _Payloads:
+    """The encoded images of a manifest's rows, of which none is handed on unless it is as it was committed.
+
+    A tar whose SHA-256 is the one that its manifest records holds the bytes that were committed, and each image of
+    those had been decoded, or just been encoded, when its row was written. So where many of a tar's images are copied,
+    the tar is read once, hashed, and cut up; that each piece begins and ends as a PNG does then shows that the row
+    means one of its images. Where only few are copied, these are decoded, and their pixels compared with the row:
+    that reads less.
+    """
+
+    def __init__(self, dataset: Dataset, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
+        self._dataset, self._metadata = dataset, metadata
+        self._copied: Counter[str] = Counter()  # bytes, by tar
+        for row in rows:
+            self._copied[row["shard"]] += row["size"]
+        self._tars: dict[str, bytes | None] = {}  # None: it is not read as a whole
+
+    def of(self, row: dict[str, Any]) -> bytes:
+        """BuilderError when the image, or its tar, is missing or damaged."""
+        path = row["shard"]
+        if path not in self._tars:
+            self._tars[path] = self._read(path)
+        tar = self._tars[path]
+        if tar is None:
+            return self._dataset.checked_payload(row)
+        payload = tar[row["offset"] : row["offset"] + row["size"]]
+        if not (payload.startswith(PNG_START) and payload.endswith(PNG_END)):
+            raise self._damaged(f"at the place of {row['key']} in {path} there is no image")
+        return payload
+
+    def _read(self, path: str) -> bytes | None:
+        recorded, size = self._metadata.get("tar_sha256"), self._metadata.get("tar_bytes")
+        if recorded is None or size is None or self._copied[path] * FEW < int(size):
+            return None
+        try:
+            tar = self._dataset.storage.read(path)
+        except OSError as error:
+            raise self._damaged(f"{path} cannot be read: {error.strerror or error}") from None
+        if hashlib.sha256(tar).hexdigest() != recorded:
+            raise self._damaged(f"{path} is damaged: its SHA-256 is not the one that its manifest records")
+        return tar
+
+    def _damaged(self, what: str) -> BuilderError:
+        return BuilderError(what, f"run `builder verify {self._dataset.name}`, which says what to do")

@@ -25,7 +25,9 @@ from builder.config import fingerprint
 from builder.errors import BuilderError
 from builder.phases import ClassTable
 from builder.shards.dataset import NAME, Dataset
+from builder.shards.lock import exclusive
 from builder.shards.storage import Storage
+from builder.shards.whole import all_or_nothing
 from builder.shards.writer import IMAGES_PER_SHARD, Sample, encode_png, image_row, write_shards
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -58,20 +60,19 @@ def adopt(
     Raises BuilderError for what cannot be read or has no class, naming tar and member, and for a name that is taken.
     """
     dataset = Dataset(name or _name(source), storage)
-    if dataset.exists():
-        if dataset.info.get("adopted_from") != source:
-            raise BuilderError(f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first")
-        if dataset.info["state"] == "complete":
-            return dataset
-    dataset.clear()  # what a killed run left
-    info = foreign_info(dataset.name, classes, origin, {"adopted_from": source})
-    try:
-        dataset.write_info(info)
-        count = _pack(source, dataset, classes, origin)
-        dataset.write_info({**info, "state": "complete", "count": count})
-    except Exception:
-        dataset.clear()
-        raise
+    with exclusive(dataset):
+        if dataset.exists():
+            if dataset.info.get("adopted_from") != source:
+                raise BuilderError(
+                    f"dataset '{dataset.name}' exists already", "choose another --name, or remove it first"
+                )
+            if dataset.info["state"] == "complete":
+                return dataset
+        with all_or_nothing(dataset):
+            info = foreign_info(dataset.name, classes, origin, {"adopted_from": source})
+            dataset.write_info(info)
+            count = _pack(source, dataset, classes, origin)
+            dataset.write_info({**info, "state": "complete", "count": count})
     return dataset
 
 

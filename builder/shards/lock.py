@@ -10,27 +10,53 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
 
 from builder.errors import BuilderError
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import LOCK, Dataset
 
-LOCK = ".lock"  # in the folder of the dataset's manifests
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # e.g. Lustre mounted without flock
+
+
+class LockedError(BuilderError):
+    """Another process holds the lock."""
 
 
 @contextmanager
 def exclusive(dataset: Dataset) -> Iterator[None]:
-    """Hold the dataset for this process; BuilderError when another one has it."""
+    """Hold the dataset for this process; LockedError when another one has it."""
     with _locked(dataset, fcntl.LOCK_EX):
         yield
 
 
 @contextmanager
 def shared(dataset: Dataset) -> Iterator[None]:
-    """Hold the dataset together with other ranks; BuilderError when a process has it for itself."""
+    """Hold the dataset together with other ranks; LockedError when a process has it for itself."""
     with _locked(dataset, fcntl.LOCK_SH):
         yield
+
+
+@contextmanager
+def held_file(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Hold a lock file, which is made and stays, for this process.
+
+    Raises:
+        LockedError: another process holds it; `what` says what that one does, `remedy` what to do.
+    """
+    with _flocked(str(path), fcntl.LOCK_EX, LockedError(what, remedy)):
+        yield
+
+
+def discard(dataset: Dataset) -> None:
+    """Remove the lock of a dataset of which nothing else is left, and its folder; only for who holds it."""
+    if dataset.storage.is_local:
+        folder = Path(dataset.storage.path(f"manifests/{dataset.name}"))
+        with suppress(OSError):  # somebody began it anew: then folder and lock are theirs
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 @contextmanager
@@ -39,15 +65,37 @@ def _locked(dataset: Dataset, kind: int) -> Iterator[None]:
         yield
         return
     path = dataset.storage.path(f"manifests/{dataset.name}/{LOCK}")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "a", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BuilderError(
-                f"another job is writing dataset '{dataset.name}'", "wait for it, stop it, or choose another --name"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+    busy = LockedError(
+        f"another job is writing dataset '{dataset.name}'", "wait for it, stop it, or choose another --name"
+    )
+    with _flocked(path, kind, busy):
         yield
+
+
+@contextmanager
+def _flocked(path: str, kind: int, busy: LockedError) -> Iterator[None]:
+    while True:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            file = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # its folder was removed in between
+            continue
+        with file:
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise busy from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            if not _is_at(file, path):  # who held it removed it with the dataset: this is nobody's lock any more
+                continue
+            yield
+            return
+
+
+def _is_at(file: IO[str], path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from builder.errors import BuilderError
 from builder.shards.dataset import NAME, Dataset, all_datasets, readable
-from builder.shards.lock import exclusive
+from builder.shards.lock import discard, exclusive
 from builder.shards.storage import Storage
 
 
@@ -33,6 +33,7 @@ def remove_dataset(storage: Storage, name: str, *, force: bool = False) -> list[
     dataset = Dataset(name, storage)
     with exclusive(dataset):
         dataset.clear()
+        discard(dataset)
     return folders
 
 

@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from builder.errors import BuilderError
+from builder.shards.beside import check_beside
 from builder.shards.dataset import Dataset, decode
 from builder.shards.index import Stamps
 from builder.shards.schema import member_json
+from builder.shards.sealed import sealed_file
 from builder.shards.sequential import PIECE, Sequential
 from builder.shards.writer import INDEXED, manifest_path, pixel_sha256, tar_path
 
@@ -49,8 +51,9 @@ def verify_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: No
 def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: None, *, fast: bool = False) -> Report:
     """Compare everything on disk with everything else. Needs some 10 bytes of memory an image.
 
-    Checked: dataset.json and its lineage; each manifest against its tar (hash, members, place and pixels of every
-    image, label file, JSON); labels against the class table; keys unique; the plan without a gap; the count.
+    Checked: dataset.json and its lineage; each manifest by its seal, and against its tar (hash, members, place and
+    pixels of every image, label file, JSON); labels against the class table; keys unique; the plan without a gap; the
+    count; reference, rejects, index and caches (see shards.beside).
     fast: manifests are read, and of tars only their sizes. A dataset that a job works on meanwhile is taken as partial.
     """
     info = dataset.info
@@ -62,6 +65,7 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
     for number, manifest in zip(numbers, manifests, strict=True):
         try:
             table = dataset.parse(number, manifest, FAST if fast else None)
+            report.found(number, _verify_place(dataset, number, manifest))
         except BuilderError as error:
             report.found(number, [error.what])
             on_shard()
@@ -80,6 +84,7 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
         on_shard()
     for key, (first, second) in keys.doubled(dataset):
         report.found(second, [f"{key}: stands in shard {first} and in shard {second}"])
+    report.general += check_beside(dataset, info)
     # Completed or extended in the meantime: the manifests that were read are of neither state.
     complete, recorded = info.get("state") == "complete" and dataset.info == info, info.get("count")
     report.general += _gaps(ranges, complete) if not info.get("parent") else []
@@ -102,6 +107,15 @@ def _verify_info(dataset: Dataset) -> list[str]:
     if lineage.get("known") and not isinstance(lineage.get("patients"), list):
         findings.append("dataset.json: the lineage is said to be known, but lists no patients")
     return findings
+
+
+def _verify_place(dataset: Dataset, number: int, manifest: bytes | OSError) -> list[str]:
+    """Whether a manifest was sealed as that of this dataset; one of another says nothing of it."""
+    if isinstance(manifest, OSError):
+        return []
+    sealed = sealed_file(manifest)
+    path = manifest_path(dataset.name, number)
+    return [] if sealed in (None, path) else [f"{path}: it was written as {sealed}, and stands in another's place"]
 
 
 class Keys:

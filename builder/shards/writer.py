@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from builder.errors import BuilderError
 from builder.shards.commit import Pair, commit
 from builder.shards.schema import member_json, to_table
+from builder.shards.sealed import encode_parquet, open_parquet, without_seal
 from builder.shards.storage import Storage
 
 IMAGES_PER_SHARD = 200  # of datasets that no config says it of
@@ -84,8 +84,8 @@ def write_shard(
     tar, rows = _tar(samples, tar_path(dataset, number))
     digest = hashlib.sha256(tar).hexdigest()
     bound = {"tar_sha256": digest, "tar_bytes": str(len(tar))}
-    manifest = _encoded(to_table(rows, {**bound, **(metadata or {})}))
     paths = tar_path(dataset, number), manifest_path(dataset, number)
+    manifest = encode_parquet(to_table(rows, {**bound, **(metadata or {})}), paths[1])
     try:
         if not storage.is_local:
             return _commit_objects(storage, paths, tar, manifest, digest)
@@ -124,8 +124,11 @@ def _commit_objects(storage: Storage, paths: tuple[str, str], tar: bytes, manife
 
 
 def recorded_metadata(manifest: bytes) -> dict[str, str]:
-    """What rides in the schema metadata of a manifest, of its bytes; pyarrow's error when they are none."""
-    found = pq.read_schema(io.BytesIO(manifest)).metadata or {}
+    """What rides in the schema metadata of a manifest, of its bytes.
+
+    pyarrow's error when they are none, DamagedError when they are not those that were sealed.
+    """
+    found = without_seal(open_parquet(manifest).schema_arrow.metadata)
     return {key.decode(): value.decode() for key, value in found.items()}
 
 
@@ -146,13 +149,8 @@ def write_shards(
 
 
 def write_manifest(storage: Storage, path: str, table: pa.Table) -> None:
-    storage.write(path, _encoded(table))
-
-
-def _encoded(table: pa.Table) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    return buffer.getvalue()
+    """Write a table of rows to `path`, relative to the output root: sealed, whole or not at all."""
+    storage.write(path, encode_parquet(table, path))
 
 
 def _tar(samples: Sequence[Sample], path: str) -> tuple[bytes, list[dict[str, Any]]]:

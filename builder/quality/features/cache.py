@@ -1,7 +1,8 @@
 """Features of a dataset, computed once: one .npy a shard, under manifests/NAME/features/{extractor id}{-size}/.
 
 A file's name ends in a hash over the pixel hashes of its shard's rows: when a shard is written anew, its old features
-are not found. Numpy only; torch is at work in the extractor.
+are not found. A file carries a seal (shards.sealed); one that is damaged is not used. Numpy only; torch is at work in
+the extractor.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from builder.errors import BuilderError
+from builder.shards.beside import FEATURES
 from builder.shards.dataset import Dataset, resize
+from builder.shards.sealed import require_trailer, with_trailer
 from builder.shards.writer import shard_name
 
 if TYPE_CHECKING:
@@ -86,7 +89,8 @@ def save_features(
     np.lib.format.write_array(buffer, features, allow_pickle=False)
     folder, name = _folder(dataset, extractor, image_size), _file(number, pixel_hashes)
     try:
-        dataset.storage.write(f"{folder}/{name}", buffer.getvalue())
+        path = f"{folder}/{name}"
+        dataset.storage.write(path, with_trailer(buffer.getvalue(), path))
         for other in dataset.storage.list(folder, ".npy"):
             if other.startswith(f"{shard_name(number)}-") and other != name:
                 dataset.storage.remove(f"{folder}/{other}")
@@ -121,8 +125,9 @@ class _Cache:
         """What is kept of a shard; None when nothing is, or a file that is damaged."""
         path = f"{_folder(self._dataset, self._extractor, self._image_size)}/{_file(number, hashes)}"
         try:
-            features = np.lib.format.read_array(io.BytesIO(self._dataset.storage.read(path)), allow_pickle=False)
-        except (FileNotFoundError, ValueError):
+            payload, _ = require_trailer(self._dataset.storage.read(path), path)
+            features = np.lib.format.read_array(io.BytesIO(payload), allow_pickle=False)
+        except (FileNotFoundError, ValueError):  # DamagedError is one
             return None
         fits = features.shape == (len(hashes), self._extractor.dimension) and features.dtype == np.float32
         return features if fits and np.isfinite(features).all() else None
@@ -160,7 +165,7 @@ class _Cache:
 
 def _folder(dataset: Dataset, extractor: Extractor, image_size: int | None) -> str:
     size = "" if image_size is None else f"-{image_size}px"
-    return f"manifests/{dataset.name}/features/{extractor.id}{size}"
+    return f"manifests/{dataset.name}/{FEATURES}/{extractor.id}{size}"
 
 
 def _file(number: int, pixel_hashes: Sequence[str]) -> str:

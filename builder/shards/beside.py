@@ -1,0 +1,112 @@
+"""Check what lies beside a dataset's shards: dataset.json, the reference of the scores, rejects, index and caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from builder.errors import BuilderError
+from builder.shards.dataset import REJECTS, Dataset
+from builder.shards.index import INDEX, open_index
+from builder.shards.sealed import DamagedError, require_seal, require_trailer
+from builder.shards.writer import manifest_path
+
+REFERENCE = "reference.json"
+FEATURES = "features"  # folder of the caches of features: one folder an extractor, one file a shard
+
+
+def check_beside(dataset: Dataset, info: dict[str, Any]) -> list[str]:
+    """What is off, one line each with the remedy; `info` is dataset.json."""
+    return [
+        *_check_names(dataset, info),
+        *_check_reference(dataset, info),
+        *_check_rejects(dataset, info),
+        *_check_index(dataset),
+        *_check_features(dataset),
+    ]
+
+
+def unsealed(dataset: Dataset) -> list[str]:
+    """The manifests without a seal: an older version wrote them, and a flipped bit in them may not be found."""
+    found = []
+    for number in dataset.shard_numbers():
+        path = manifest_path(dataset.name, number)
+        try:
+            sealed = require_seal(dataset.storage.read(path))
+        except (DamagedError, OSError):  # the check of the shard itself says so
+            continue
+        if not sealed:
+            found.append(path)
+    return found
+
+
+def _check_names(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:
+    if info.get("name", dataset.name) != dataset.name:
+        yield (
+            f"{dataset.info_path} is that of the dataset '{info['name']}', in another's place: "
+            f"put back the one of '{dataset.name}'"
+        )
+
+
+def _check_reference(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:
+    """The reference of the scores is whole, and that which the scores were made by."""
+    path = f"manifests/{dataset.name}/{REFERENCE}"
+    recorded = (info.get("scores") or {}).get("version")
+    remedy = (
+        f"`builder rm {dataset.name}` and filter again"
+        if info.get("parent")
+        else f"`builder score {dataset.name} --against REAL` makes it again"
+    )
+    try:
+        reference = json.loads(dataset.storage.read(path))
+    except FileNotFoundError:
+        if recorded is not None:
+            yield f"{path} is missing, though dataset.json says that the images are scored: {remedy}"
+        return
+    except (ValueError, BuilderError) as error:
+        yield f"{path} is damaged ({error}): {remedy}"
+        return
+    if recorded is not None and reference.get("version") != recorded:
+        yield f"{path} is not the one that the images were scored by: {remedy}"
+
+
+def _check_rejects(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:
+    folder = f"manifests/{dataset.name}/{REJECTS}"
+    rows, damaged = 0, False
+    for name in dataset.storage.list(folder, ".parquet"):
+        try:
+            rows += dataset.rejects(name).num_rows
+        except BuilderError as error:
+            yield f"{error.what}: {error.remedy}"
+            damaged = True
+    recorded = info.get("rejected")
+    if recorded is not None and rows != recorded and not damaged and info.get("state") == "complete":
+        yield (
+            f"{folder} holds {rows:,} rejects, where {recorded:,} images were turned away: "
+            f"`builder rm {dataset.name}`, and filter again"
+        )
+
+
+def _check_index(dataset: Dataset) -> Iterator[str]:
+    stamps = dataset.stamps()
+    if INDEX not in stamps:
+        return
+    path, remedy = f"manifests/{dataset.name}/{INDEX}", f"`builder compact {dataset.name}` writes it anew"
+    index = open_index(dataset.storage, dataset.name, stamps)
+    if index is None:
+        yield f"{path} is damaged and not used: {remedy}"
+        return
+    for said in index.findings():
+        yield f"{path} is damaged and not used, {said}: {remedy}"
+
+
+def _check_features(dataset: Dataset) -> Iterator[str]:
+    folder = f"manifests/{dataset.name}/{FEATURES}"
+    for extractor in dataset.storage.list(folder):
+        for name in dataset.storage.list(f"{folder}/{extractor}", ".npy"):
+            path = f"{folder}/{extractor}/{name}"
+            try:
+                require_trailer(dataset.storage.read(path), path)
+            except DamagedError as error:
+                yield f"{path} is damaged ({error}); it is not used: remove it, or let --repair remove it"
