@@ -18,7 +18,7 @@ VENV  := .venv
 READY := $(VENV)/.ready
 RUN   := $(VENV)/bin
 
-.PHONY: shards filter verify sheet test chaos lint bench clean help venv
+.PHONY: shards filter verify sheet test chaos gpu lint bench clean help venv
 
 shards: $(READY)  ## make COUNT synthetic crops of PHASES: generate, score, write shards (again: continues)
 	$(RUN)/builder shards --phases "$(PHASES)" --count $(COUNT) --config $(CONFIG) --out $(OUT) --engine $(ENGINE) \
@@ -38,6 +38,9 @@ test: $(READY)  ## run the test suite and print its coverage
 
 chaos: $(READY)  ## kill the job at random moments and at every step of the commit; the shards must not differ
 	$(RUN)/python -m tests.acceptance.chaos $(ARGS)
+
+gpu: $(READY)  ## measure one GPU in ten minutes, into OUT/gpu (ARGS="--minutes 5 --parts a,b")
+	$(RUN)/python -m tests.acceptance.gpu --out $(OUT)/gpu $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	$(RUN)/ruff check builder tests
