@@ -50,10 +50,10 @@ def test_the_shipped_grids_are_the_prompt_study(name: str) -> None:
     ("change", "said"),
     [
         ({"guidance": []}, "no ablation.guidance"),
-        ({"guidance": [0.5]}, "guidance below 1"),
+        ({"guidance": [0.5]}, "ablation.guidance is .0.5."),
         ({"prompts": {"long": {"I": "a", "X": "b"}}}, "'X' is not among the classes"),
         ({"prompts": {"long": {"I": "a"}}}, "has none for P, R"),
-        ({"method": ["dora"]}, "unknown model.method 'dora'"),
+        ({"method": ["dora"]}, "ablation.method.0. is 'dora'"),
         ({"perceptual_weight": []}, "empty axis"),
     ],
 )

@@ -174,7 +174,7 @@ def test_black_and_flat_images_never_pass_the_gates(builder, made: Path) -> None
         (["--real", "nobody"], ["no dataset 'nobody'"]),
         (["--config", "demmo"], ["no config 'demmo'"]),
         (["--set", "sample.guidanse=4"], ["unknown key 'sample.guidanse'", "did you mean 'guidance'"]),
-        (["--set", "sample.steps=many"], ["'sample.steps' is 'many'"]),
+        (["--set", "sample.steps=many"], ["sample.steps is 'many'", "a whole number from 1 to 1,000"]),
         (["--set", "sample"], ["has no '='"]),
         (["--weights", "I=0"], ["weights must be positive"]),
         (["--weights", "I=x"], ["is not CODE=NUMBER"]),

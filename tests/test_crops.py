@@ -603,7 +603,6 @@ def test_photograph_without_a_box(hospital, tmp_path):
         ({"boxes": None}, "no boxes are given"),
         ({"labels": Path("/nowhere.csv")}, "there is no file"),
         ({"labels": None}, "no label for .*p0_0.png"),
-        ({"crops": CropsConfig(test=0.5)}, "don't sum to 1"),
         ({"classes": ClassTable([*HEALING_PHASES, Phase("X", "extra", "")])}, "empty phase: no crop of X .extra."),
         ({"classes": ClassTable(HEALING_PHASES.phases[:2])}, "label 'R' is not among the classes"),
     ],
@@ -616,7 +615,7 @@ def test_bad_requests(hospital, tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"without_box": "all"}, {"freeze_size": 0}, {"images_per_shard": 0}, {"crops": CropsConfig(margin=-0.1)}],
+    [{"without_box": "all"}, {"freeze_size": 0}, {"images_per_shard": 0}],
 )
 def test_impossible_values_are_refused_at_once(hospital, changes):
     with pytest.raises(BuilderError):

@@ -292,7 +292,7 @@ class TestSampler:
         "changes, message",
         [
             ({"scheduler": "euler_a"}, "did you mean 'euler'"),
-            ({"dtype": "bf16"}, "unknown dtype"),
+            ({"dtype": "bf16"}, "sample.dtype is 'bf16'"),
             ({"size": 33}, "multiple of"),
             ({"size": 0}, "size"),
             ({"steps": 0}, "steps"),

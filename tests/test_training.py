@@ -465,13 +465,11 @@ def _with_architecture(part: str, **changes: Any) -> Config:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (dataclasses.replace(CONFIG, model=ModelConfig(family="sd3")), "sd3"),
         (dataclasses.replace(CONFIG, model=ModelConfig()), "architecture"),
         (dataclasses.replace(CONFIG, model=ModelConfig(base="/nowhere")), "/nowhere"),
         (changed(vae=VaeTrainConfig()), "autoencoder"),
         (_with_architecture("scheduler", prediction_type="sample"), "predicts 'sample'"),
         (_with_architecture("vae", latent_channels=16), "16 channels for patches of 2 x 2 px"),
-        (dataclasses.replace(CONFIG, sample=SampleConfig(size=16, scheduler="dpm")), "unknown scheduler 'dpm'"),
     ],
 )
 def test_impossible_configurations(clinic: Dataset, tmp_path: Path, config: Config, said: str) -> None:
@@ -526,8 +524,9 @@ def test_crops_of_unknown_patients_have_no_lineage(tmp_path: Path) -> None:
     assert load_crops(dataset, 16).patients == []
 
 
-def test_a_loss_that_is_not_finite_stops(clinic: Dataset, tmp_path: Path) -> None:
-    config = changed(vae=dataclasses.replace(CONFIG.train.vae, learning_rate=1e30, steps=20))
+def test_a_loss_that_is_not_finite_stops(clinic: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(vae=dataclasses.replace(CONFIG.train.vae, steps=20))
+    monkeypatch.setattr(Stage, "rate", lambda self, step: 1e30)  # more than a config may ask for
     with pytest.raises(BuilderError, match="not finite"):
         train(config, clinic, tmp_path)
 

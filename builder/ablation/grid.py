@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 from builder.config import Config
+from builder.config.types import Method
 from builder.errors import BuilderError
 from builder.phases import ClassTable, Phase
 
@@ -15,7 +16,7 @@ class Run:
     """One training of the grid; `config` is what it trains and asks with."""
 
     style: str
-    method: str
+    method: Method
     perceptual_weight: float
     config: Config
 
@@ -35,15 +36,16 @@ def runs_of(config: Config) -> list[Run]:
         raise BuilderError(
             f"the config '{config.name}' has no model.base", "an ablation looks for what of a base remains: name one"
         )
-    if min(grid.guidance) < 1 or not grid.prompts or not grid.perceptual_weight:
-        raise BuilderError(
-            "the ablation's grid has an empty axis, or a guidance below 1", "guidance 1 samples without guidance"
-        )
+    for axis in ("prompts", "perceptual_weight", "method"):
+        if not getattr(grid, axis):
+            raise BuilderError(
+                f"ablation.{axis} is an empty axis of the grid", "give at least one value, or leave it out"
+            )
     combinations = itertools.product(grid.prompts.items(), grid.method, grid.perceptual_weight)
     return [_run(config, *combination) for combination in combinations]
 
 
-def _run(config: Config, prompts: tuple[str, dict[str, str]], method: str, weight: float) -> Run:
+def _run(config: Config, prompts: tuple[str, dict[str, str]], method: Method, weight: float) -> Run:
     style, own = prompts
     rate = config.ablation.learning_rate.get(method, config.train.learning_rate)
     return Run(

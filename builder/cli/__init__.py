@@ -20,6 +20,7 @@ from builder.cli.ablate import ablate
 from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
 from builder.cli.classify import classify
+from builder.cli.config import config
 from builder.cli.demo import demo
 from builder.cli.doctor import doctor
 from builder.cli.estimate import estimate
@@ -71,6 +72,7 @@ for command in (
     bench,
     estimate,
     doctor,
+    config,
 ):
     cli.add_command(command)
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from builder.cli.options import out_option, require_no_leak
-from builder.config import Config
 
 if TYPE_CHECKING:
+    from builder.config import Config
     from builder.shards.dataset import Dataset
 
 

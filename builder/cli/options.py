@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from builder.config import PRESETS, Config
+from builder.config import PRESETS
 from builder.errors import BuilderError
 from builder.models.guards import GUARDS, Finding
 from builder.progress import is_first_process
+
+if TYPE_CHECKING:
+    from builder.config import Config
 
 F = TypeVar("F", bound=Callable[..., Any])
 

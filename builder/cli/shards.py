@@ -97,7 +97,6 @@ def shards(
     from builder.job.until_accepted import MAX_FACTOR, accepted_dataset, require_decidable, run_until_accepted
     from builder.models.checkpoint import resolve
     from builder.models.guards import before_job, leak_of_job
-    from builder.sampling.schedulers import require_scheduler
     from builder.shards.compact import keep_in_step
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
@@ -112,7 +111,6 @@ def shards(
     if accepted:
         require_decidable(asked.criteria())
         accepted_dataset(dataset)
-    require_scheduler(config.sample.scheduler)
     against = real_dataset(real or config.real, out, config.classes)
     config = require_no_leak(
         config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"

@@ -55,16 +55,11 @@ class PackRequest:
         if self.without_box not in (None, "skip", "whole"):
             raise BuilderError(f"--without-box {self.without_box} is unknown", "write skip or whole")
         for name, value in (
-            ("crops.max_size", self.crops.max_size),
             ("--size", self.freeze_size),
             ("shards.images_per_shard", self.images_per_shard),
         ):
             if value is not None and value < 1:
                 raise BuilderError(f"{name} is {value}", "it must be 1 or more")
-        if not 0 <= self.crops.margin <= 10:
-            raise BuilderError(
-                f"crops.margin is {self.crops.margin}", "it is a share of the box's longer side, 0 or more"
-            )
 
 
 @dataclass(frozen=True)

@@ -29,17 +29,15 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def require_scheduler(name: str) -> None:
-    """BuilderError, with the nearest known name, for a scheduler that does not exist. Does not import torch."""
-    if name not in SCHEDULERS:
-        raise BuilderError(f"unknown scheduler '{name}' (sample.scheduler)", did_you_mean(name, SCHEDULERS))
-
-
 def make_scheduler(name: str, checkpoint_config: Mapping[str, Any]) -> Any:
-    """A fresh diffusers scheduler: solver `name`, noise levels of the checkpoint (`pipeline.scheduler.config`)."""
+    """A fresh diffusers scheduler: solver `name`, noise levels of the checkpoint (`pipeline.scheduler.config`).
+
+    BuilderError, with the nearest known name, for one that does not exist.
+    """
     import diffusers
 
-    require_scheduler(name)
+    if name not in SCHEDULERS:
+        raise BuilderError(f"unknown scheduler '{name}' (sample.scheduler)", did_you_mean(name, SCHEDULERS))
     kind_name, overrides = SCHEDULERS[name]
     kind = getattr(diffusers, kind_name)
     known = inspect.signature(kind.__init__).parameters

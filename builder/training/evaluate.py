@@ -60,13 +60,16 @@ class Evaluation:
         self.floors = self.figures(
             {code: Side(features(rows), [patient_of(row) for row in rows]) for code, rows in others.items()}
         )
-        wanted = config.train.monitor
-        named = self.naming(wanted)
-        self.monitor = named if named in self.floors else wanted
+        self.monitor = self._figure_of(config.train.monitor)
         require_monitor(self.monitor, [name for name, value in self.floors.items() if value is not None])
         mode = config.train.monitor_mode
         larger = self.monitor.partition("[")[0].lower() in LARGER_IS_BETTER
         self.mode = mode if mode != "auto" else ("max" if larger else "min")
+
+    def _figure_of(self, monitor: str) -> str:
+        """The figure that `train.monitor` means: a name of `floors`, or one without its features (kd, kd_I)."""
+        shorter = {name.replace(f"[{self.naming.features}]", ""): name for name in self.floors}
+        return monitor if monitor in self.floors else shorter.get(monitor, self.naming(monitor))
 
     def measure(self, sampler: Sampler) -> dict[str, float | int | None]:
         """The figures of the sampler's images by name: FIGURE pooled, FIGURE_CODE of a phase, each also ..._floor."""
