@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from builder.cli.judgement import print_yardstick
 from builder.errors import BuilderError, did_you_mean
 
 if TYPE_CHECKING:
     from builder.quality.reference import Reference
-    from builder.shards.criteria import Criteria, Judgement, Quantile, Range
+    from builder.shards.criteria import Criteria, Quantile, Range
     from builder.shards.dataset import Dataset
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO = "auto"
-SPOILT = 0.1  # more than this share of a kind of spoilt images must not pass
 
 
 def _see_help(ctx: click.Context | None) -> str:
@@ -188,7 +188,7 @@ class Asked:
         reference = load_reference(source) if has_reference(source) else None
         criteria = self.criteria(gates_in_use(source, reference, sanity=self.sanity, copies=self.copies))
         if reference is not None:
-            _print_yardstick(reference, criteria)
+            print_yardstick(reference, criteria)
         return criteria
 
 
@@ -243,64 +243,3 @@ def gates_in_use(
     elif sanity:
         click.echo("note: no alarm of copies was calibrated; copies of training crops are not turned away")
     return gates
-
-
-def _print_yardstick(reference: Reference, criteria: Criteria) -> None:
-    """What share of known images would pass thresholds, bands and gates: the honest scale of a threshold.
-
-    --where, quantiles and duplicates are left out, for known images are no part of the dataset; so are scores that
-    known images do not have.
-    """
-    from builder.quality.reference import KINDS, yardstick_table
-    from builder.shards.criteria import Criteria, judge
-
-    tables = yardstick_table(reference)
-    unknown = {
-        limit.column
-        for limit in (*criteria.ranges, *criteria.gates)
-        if all(table[limit.column].null_count == table.num_rows for table in tables.values())
-    }
-    ranges, gates = (
-        tuple(limit for limit in limits if limit.column not in unknown) for limits in (criteria.ranges, criteria.gates)
-    )
-    click.echo("\nknown images (the reference's yardsticks) that would pass:")
-    click.echo(f"  {'':<28}{'thresholds alone':>18}{'with the gates':>18}{'N':>6}")
-    spoilt = []
-    for kind, table in tables.items():
-        if not table.num_rows:
-            continue  # no other phase, no held-out crop
-        asked = (Criteria(ranges), Criteria(ranges, gates=gates))
-        alone, gated = (float(judge(table, each).accepted.mean()) for each in asked)
-        click.echo(f"  {kind:<28}{alone:>18.1%}{gated:>18.1%}{table.num_rows:>6}")
-        if kind in (KINDS["flat"], KINDS["blurred"], KINDS["noisy"]) and gated > SPOILT:
-            spoilt.append(f"{kind} ({gated:.0%})")
-    if unknown:
-        click.echo(f"  (without {', '.join(sorted(unknown))}, which known images do not have)")
-    if spoilt:
-        click.echo(f"WARNING: what is in use lets pass {', '.join(spoilt)}: it does not tell them from wounds")
-    click.echo("")
-
-
-def print_judgement(judgement: Judgement, criteria: Criteria, source: Dataset) -> None:
-    kept, rejected = judgement.kept, judgement.rejected
-    click.echo(f"{'phase':<8}{'kept':>8}{'rejected':>10}{'share kept':>12}")
-    for code in source.classes.codes:
-        if kept[code] + rejected[code]:
-            share = kept[code] / (kept[code] + rejected[code])
-            click.echo(f"{code:<8}{kept[code]:>8,}{rejected[code]:>10,}{share:>12.1%}")
-    total = len(judgement)
-    click.echo(f"{'all':<8}{kept.total():>8,}{rejected.total():>10,}{kept.total() / max(1, total):>12.1%}")
-    reasons = judgement.reason_counts()
-    for (code, reason), times in sorted(reasons.items(), key=lambda item: (item[0][0], -item[1])):
-        click.echo(f"  {code}: {reason}: {times:,}")
-    for code, hard in _hard_shares(judgement).items() if criteria.keep_hard else ():
-        short = f"; {criteria.keep_hard:.1%} was asked for, and there are no more" if hard < criteria.keep_hard else ""
-        click.echo(f"  {code}: hard images: {hard:.1%} of what is kept, "
-                   f"{judgement.readmitted[code]:,} of them re-admitted{short}")  # fmt: skip
-    empty = [code for code in judgement.codes if not kept[code] and not reasons[code, "balance"]]
-    if criteria.balance and empty:
-        click.echo(f"  no image of phase {', '.join(empty)} passes: to balance, none of another phase stays")
-
-
-def _hard_shares(judgement: Judgement) -> dict[str, float]:
-    return {code: judgement.kept_hard[code] / kept for code, kept in sorted(judgement.kept.items())}

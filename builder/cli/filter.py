@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from builder.cli.criteria import Asked, CriteriaCommand, criteria_options, print_judgement
+from builder.cli.criteria import Asked, CriteriaCommand, criteria_options
+from builder.cli.judgement import lopsided, print_judgement
 from builder.cli.options import dataset_argument, out_option, partial_option
 
 
@@ -50,6 +51,8 @@ def filter_(
         return
     judgement = judge_dataset(source, criteria)
     print_judgement(judgement, criteria, source)
+    for warning in lopsided(judgement, source):
+        click.echo(warning, err=True)
     if dry_run:
         click.echo("dry run: nothing was written")
         return

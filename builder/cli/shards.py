@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.cli.criteria import Asked, CriteriaCommand, Number, criteria_options, print_judgement
+from builder.cli.criteria import Asked, CriteriaCommand, Number, criteria_options
+from builder.cli.judgement import print_judgement
 from builder.cli.options import (
     config_options,
     guard_options,

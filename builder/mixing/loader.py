@@ -25,6 +25,7 @@ from builder.mixing.stream import BUFFER, Cursor, StreamBatch, StreamBatches
 from builder.shards.lineage import SPLITS
 
 COLLATE = ("tuple", "dict", "numpy")
+MAX_REPEATS = 10  # in an epoch; a classifier soon knows by heart what it sees more often
 END = object()
 
 
@@ -52,7 +53,7 @@ class MixedLoader:
     exhausted: what happens when an epoch asks for more of a source than it has. "cycle": it starts again, in another
         order; the last step is filled up with repeats (`filled` says how many). "stop": the epoch ends with the last
         whole step before any sample would come again. The ratio holds either way.
-    max_repeats: warns when a sample is drawn more often than this in an epoch.
+    max_repeats: warns when a sample is drawn more often than this in an epoch, and names its class; None: never.
     transform: called with each image, uint8 [3, H, W]; torch's random numbers in it depend on seed, epoch and place
         (those of random and numpy on seed, rank and worker). A table {"real": ..., "synthetic": ...} for one each.
     collate: "tuple"; "dict" (images, labels, origin, keys); "numpy": the tuple as arrays with images [B, H, W, 3],
@@ -93,7 +94,7 @@ class MixedLoader:
         epoch: str | int = "real",
         held_out: Reference | Sequence[Reference] | None = None,
         exhausted: str = "cycle",
-        max_repeats: int | None = None,
+        max_repeats: int | None = MAX_REPEATS,
         seed: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
@@ -170,6 +171,11 @@ class MixedLoader:
             # Seeds the workers' random and numpy; without one each epoch would draw from the caller's random numbers.
             generator=torch.Generator().manual_seed(keyed_integer(seed, "workers", self.rank)),
         )
+        self._available = {
+            number: np.bincount(source.labels, minlength=len(self.classes))
+            for number, source in enumerate(self.sources)
+            if source is not None
+        }
         self._warn_of_repeats()
 
     # -- the epoch ------------------------------------------------------------------------------------------------
@@ -281,7 +287,7 @@ class MixedLoader:
         for number, source in enumerate(self.sources):
             if source is None:
                 continue
-            available = np.bincount(source.labels, minlength=len(self.classes))
+            available = self._available[number]
             by_class, read = self._by_class(number, epoch, available)
             drawn = int(by_class.sum())
             most = int(np.ceil(read / np.maximum(available, 1)).max())
@@ -315,12 +321,16 @@ class MixedLoader:
         worst: dict[int, tuple[int, dict[str, Any]]] = {}
         for plan in self.schedule.changing():
             for number, part in enumerate(self.composition(plan.number)):
-                if part["repeats"] and part["repeats"] > worst.get(number, (self.max_repeats, {}))[0]:
-                    worst[number] = part["repeats"], part
+                repeats = part["repeats"] or math.ceil(max(_draws_of_one(part).values()))
+                if repeats > worst.get(number, (self.max_repeats, {}))[0]:
+                    worst[number] = repeats, part
         for repeats, part in worst.values():
+            draws = _draws_of_one(part)
+            code = max(draws, key=draws.__getitem__)
             warnings.warn(
                 f"samples of '{part['name']}' come up to {repeats} times an epoch, max_repeats is {self.max_repeats}: "
-                f"it has {part['samples']}, and {part['drawn']} are drawn",
+                f"it has {part['samples']}, and {part['drawn']} are drawn; of {code} it has {part['available'][code]}, "
+                f"for {part['classes'][code]} draws: make more of them, lower the ratio, or pass max_repeats=None",
                 stacklevel=3,
             )
 
@@ -382,3 +392,8 @@ class MixedLoader:
         # Else a rank would meet the same part of a quota's period at every step, and so the same few classes.
         turn = keyed_shuffle(self.world, self.seed, "ranks", epoch, begin)[self.rank]
         return begin + int(turn) * self.batch_size
+
+
+def _draws_of_one(part: Mapping[str, Any]) -> dict[str, float]:
+    """How often a sample of each class comes in an epoch, on average; `part` of a loader's composition."""
+    return {code: drawn / max(1, part["available"][code]) for code, drawn in part["classes"].items()}
