@@ -351,7 +351,7 @@ def test_command_line(tmp_path: Path, theirs: Path, builder: Any, monkeypatch: p
     done = builder("index", "theirs/a-{0..2}.tar", "--name", "them", "--split", "val")
     assert done.code == 0
     assert "dataset 'them': 6 images in 3 tars, of which 3 were read now" in done.output
-    assert re.search("1 images have an EXIF orientation", done.output)
+    assert re.search("1 images are turned by their EXIF orientation", done.output)
     assert "2 images have no patient" in done.output
     assert "split" not in done.output
     assert Dataset("them", Storage(tmp_path)).table()["patient"].to_pylist()[2] == KEY.hash("anna")

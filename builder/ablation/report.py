@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from builder import plotting
 from builder.ablation.study import Figures, Row, Study, means_of
+from builder.images import read_pixels
 
 AXES: dict[str, Callable[[Row], str]] = {
     "prompts": lambda row: row.style,
@@ -107,8 +105,7 @@ def sheet(study: Study, out: Path, file: Path) -> None:
     figure, axes = pyplot.subplots(len(runs), len(scales), figsize=(2.4 * len(scales), 2.0 * len(runs)), squeeze=False)
     for line, run in zip(axes, runs, strict=True):
         for axis, scale in zip(line, scales, strict=True):
-            with Image.open(pictures[(*run, scale)]) as picture:
-                axis.imshow(np.asarray(picture))
+            axis.imshow(read_pixels(pictures[(*run, scale)]))
             axis.set_xticks([])
             axis.set_yticks([])
             if run == runs[0]:

@@ -36,6 +36,20 @@ def config_options(function: F) -> F:
     )
 
 
+def max_pixels_option(function: F) -> F:
+    """--max-pixels, of images from outside: a valid limit, or the default; see builder.images.limits."""
+
+    def checked(context: click.Context, parameter: click.Parameter, value: int | None) -> int:
+        from builder.images import DEFAULT_MAX_PIXELS, valid_max_pixels
+
+        return DEFAULT_MAX_PIXELS if value is None else valid_max_pixels(value)
+
+    return click.option(
+        "--max-pixels", type=int, callback=checked, metavar="N",
+        help="Refuse images of more than N pixels, up to 268 million. [default: 150 million]",
+    )(function)  # fmt: skip
+
+
 def preset_option(function: F) -> F:
     """--preset: values of sample.*, between the config and --set."""
     return click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from builder.cli.options import config_options, out_option
+from builder.cli.options import config_options, max_pixels_option, out_option
 
 FILE = click.Path(path_type=Path)
 
@@ -33,10 +33,11 @@ FILE = click.Path(path_type=Path)
     "--key-file", type=FILE, help="Secret of the patient hashes. [default: $BUILDER_PATIENT_KEY, else ROOT/patient.key]"
 )
 @click.option("--licence", default="not stated", show_default=True, help="Licence of the photographs; recorded.")
+@max_pixels_option
 def pack(
     photographs: Path, boxes: Path | None, labels: Path | None, name: str, source: str | None,
     overrides: tuple[str, ...], out: str, margin: float | None, max_size: int | None, size: int | None,
-    without_box: str | None, skip_bad: bool, group_by: str | None, key_file: Path | None, licence: str,
+    without_box: str | None, skip_bad: bool, group_by: str | None, key_file: Path | None, licence: str, max_pixels: int,
 ) -> None:  # fmt: skip
     """Cut every box of PHOTOGRAPHS (a folder) into a crop, split by patient, and write a real dataset."""
     from dataclasses import replace
@@ -63,5 +64,6 @@ def pack(
         images_per_shard=config.shards.images_per_shard,
         config_name=config.name,
         licence=licence,
+        max_pixels=max_pixels,
     )
     click.echo(run(request, Dataset(name, Storage(out))))

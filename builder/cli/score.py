@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from builder.cli.options import config_options, out_option, partial_option
+from builder.cli.options import config_options, max_pixels_option, out_option, partial_option
 
 
 @click.command()
@@ -13,6 +13,7 @@ from builder.cli.options import config_options, out_option, partial_option
     "--against", metavar="REAL", required=True, help="Real dataset: panel and gates come from its training split."
 )
 @click.option("--name", help="Name to give to foreign tars or folders. [default: their folder's name]")
+@max_pixels_option
 @config_options
 @out_option
 @partial_option
@@ -20,6 +21,7 @@ def score(
     dataset: str,
     against: str,
     name: str | None,
+    max_pixels: int,
     source: str | None,
     overrides: tuple[str, ...],
     out: str,
@@ -41,7 +43,7 @@ def score(
     config = load_config(source, overrides)
     real = find_dataset(against, out)
     if is_foreign(dataset, out):
-        found = adopt(dataset, name, Storage(out), real.classes)
+        found = adopt(dataset, name, Storage(out), real.classes, max_pixels=max_pixels)
         click.echo(f"adopted {dataset} as dataset '{found.name}'")
     else:
         found = find_dataset(dataset, out, partial=partial)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from builder.crops import tables
-from builder.crops.cut import BadPhotographError, Edges, decode
+from builder.crops.cut import Edges
 from builder.crops.photographs import Photographs, without_suffix
 from builder.errors import BuilderError
+from builder.images import ImageError, open_mask
 
 SPECK = 16  # px; smaller components of a mask are slips of the pen
 
@@ -155,10 +156,10 @@ def _components(path: Path) -> tuple[list[Edges], int, tuple[int, int]]:
     from scipy import ndimage
 
     try:
-        mask = decode(path, colour=False)
-    except BadPhotographError as bad:
-        raise BuilderError(f"the mask {path} cannot be read: {bad.reason}", "replace it") from None
-    wound = np.asarray(mask).max(axis=2) > (127 if path.suffix.lower() in (".jpg", ".jpeg") else 0)
+        mask = open_mask(path)
+    except ImageError as bad:
+        raise BuilderError(f"the mask {path} cannot be read: {bad.reason}", bad.remedy) from None
+    wound = mask.labels > (127 if mask.lossy else 0)
     labelled, count = ndimage.label(wound, structure=np.ones((3, 3)))
     areas = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
     boxes = [
@@ -166,7 +167,7 @@ def _components(path: Path) -> tuple[list[Edges], int, tuple[int, int]]:
         for (rows, columns), area in zip(ndimage.find_objects(labelled), areas, strict=True)
         if area >= SPECK
     ]
-    return boxes, count - len(boxes), mask.size
+    return boxes, count - len(boxes), (wound.shape[1], wound.shape[0])
 
 
 def _edges(values: list[Any], where: str) -> Edges:

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image
 
 from builder.errors import BuilderError
+from builder.images import DEFAULT_MAX_PIXELS, ImageError, part, read_header, read_picture
 from builder.shards.dataset import resize
 
 Edges = tuple[float, float, float, float]
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-_EIGHT_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-_TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
 
 
 class BadPhotographError(BuilderError):
     """A photograph that cannot be read; `--skip-bad` packs the others."""
 
-    def __init__(self, path: Path, reason: object) -> None:
+    def __init__(self, path: Path, reason: object, remedy: str = "replace it") -> None:
         super().__init__(
             f"the photograph {path} cannot be read: {reason}",
-            "replace it, or leave out what cannot be used with --skip-bad",
+            f"{remedy}; or leave out what cannot be used with --skip-bad",
         )
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.advice = path, reason, remedy
 
     def __reduce__(self):  # type: ignore[no-untyped-def]
-        return type(self), (self.path, self.reason)
+        return type(self), (self.path, self.reason, self.advice)
 
 
 @dataclass(frozen=True)
@@ -49,33 +43,20 @@ class Crop:
     original_size: tuple[int, int]
 
 
-def photograph_size(path: Path) -> tuple[int, int]:
+def photograph_size(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[int, int]:
     """Width and height (px) as people see it, from the header alone. Raises BadPhotographError."""
     try:
-        with Image.open(path) as image:
-            _require_eight_bit(image)
-            width, height = image.size
-            turned = _exif(image, path).get(ExifTags.Base.Orientation) in _TURNED
-    except _UNREADABLE as error:
-        raise BadPhotographError(path, error) from None
-    return (height, width) if turned else (width, height)
+        return read_header(path, max_pixels=max_pixels).size
+    except ImageError as error:
+        raise BadPhotographError(path, error.reason, error.remedy) from None
 
 
-def decode(path: Path, *, colour: bool = True) -> Image.Image:
-    """The photograph, 8-bit RGB, its EXIF orientation applied; nothing of its metadata goes further than this.
-
-    An embedded colour profile is applied (the numbers are then sRGB's); for masks, whose numbers are no colours, say
-    `colour=False`. Raises BadPhotographError.
-    """
+def decode(path: Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """The photograph as builder.images reads it: 8-bit sRGB, upright, without metadata. Raises BadPhotographError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and of palettes; the pixels are sound
-            with Image.open(path) as image:
-                _require_eight_bit(image)
-                upright = ImageOps.exif_transpose(image)
-                return _in_srgb(upright) if colour else upright.convert("RGB")
-    except _UNREADABLE as error:
-        raise BadPhotographError(path, error) from None
+        return read_picture(path, max_pixels=max_pixels)
+    except ImageError as error:
+        raise BadPhotographError(path, error.reason, error.remedy) from None
 
 
 def box_fault(box: Edges, width: int, height: int) -> str | None:
@@ -137,7 +118,7 @@ def cut(
     else:
         left, top, side = square_around(box, width, height, margin)
     size = freeze_size or min(side, max_size)
-    pixels = resize(np.asarray(photograph.crop((left, top, left + side, top + side))), size)
+    pixels = resize(part(photograph, (left, top, left + side, top + side)), size)
     return Crop(pixels, _inside(box, left, top, side, size / side) if box is not None else None, (side, side))
 
 
@@ -147,44 +128,3 @@ def _inside(box: Edges, left: int, top: int, side: int, scale: float) -> Edges:
         for edge, start in zip(box, (left, top, left, top), strict=True)
     )
     return xmin, ymin, xmax, ymax
-
-
-def _exif(image: Image.Image, path: Path) -> Image.Exif:
-    """The EXIF data of an opened image, its pixels left alone: in a PNG it may stand behind them, and Pillow, to look
-    there, decodes them all."""
-    if not isinstance(image, PngImagePlugin.PngImageFile):
-        return image.getexif()
-    if "exif" not in image.info and (chunk := _png_chunk(path, b"eXIf")):
-        image.info["exif"] = b"Exif\0\0" + chunk
-    return Image.Image.getexif(image)
-
-
-def _png_chunk(path: Path, wanted: bytes) -> bytes | None:
-    """The content of the first chunk of a kind in a PNG (each: length, kind, content, checksum), or None."""
-    with path.open("rb") as file:
-        file.seek(8)  # the signature
-        while header := file.read(8):
-            length, kind = struct.unpack(">I4s", header)
-            if kind == wanted:
-                return file.read(length)
-            file.seek(length + 4, io.SEEK_CUR)
-    return None
-
-
-def _in_srgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB by the image's colour profile; as its numbers stand, where it has none or one that doesn't fit."""
-    profile = image.info.get("icc_profile")
-    if profile:
-        with_colours = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
-        try:
-            known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            transform = ImageCms.buildTransform(known, ImageCms.createProfile("sRGB"), with_colours.mode, "RGB")
-            return transform.apply(with_colours)
-        except (ImageCms.PyCMSError, OSError):
-            return image.convert("RGB")  # as viewers do with a broken profile
-    return image.convert("RGB")
-
-
-def _require_eight_bit(image: Image.Image) -> None:
-    if image.mode not in _EIGHT_BIT:
-        raise ValueError(f"its pixels are of mode {image.mode}, not 8 bits a channel")

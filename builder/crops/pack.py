@@ -173,7 +173,7 @@ def _samples(
     indices: Counter[str] = Counter()
     for name in sorted(plan.crops, key=lambda name: hashlib.sha256(f"order {name}".encode()).digest()):
         try:
-            photograph = decode(plan.photographs.path(name))
+            photograph = decode(plan.photographs.path(name), max_pixels=request.max_pixels)
         except BadPhotographError:
             if not request.skip_bad:
                 raise

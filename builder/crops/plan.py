@@ -16,6 +16,7 @@ from builder.crops.labels import Codes, LabelFile, read_labels
 from builder.crops.patients import photograph_group
 from builder.crops.photographs import Photographs
 from builder.errors import BuilderError
+from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import HEALING_PHASES, ClassTable
 
 
@@ -34,6 +35,7 @@ class PackRequest:
     group_by: stands in for unknown patients: 'photograph', or a regular expression on the file name.
     key, key_file: the secret of the patients' hashes; see patients.find_key.
     licence: under which the data may be used; recorded.
+    max_pixels: photographs and masks of more pixels are refused.
     """
 
     photographs: Path
@@ -50,6 +52,7 @@ class PackRequest:
     images_per_shard: int = 200
     config_name: str = "default"
     licence: str = "not stated"
+    max_pixels: int = DEFAULT_MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.without_box not in (None, "skip", "whole"):
@@ -106,7 +109,7 @@ def make_plan(request: PackRequest, progress: bool = True) -> Plan:
     stand_ins = 0
     for name in tqdm(photographs.names, desc="checking", unit="photograph", disable=not progress, leave=False):
         try:
-            width, height = photograph_size(photographs.path(name))
+            width, height = photograph_size(photographs.path(name), max_pixels=request.max_pixels)
         except BadPhotographError:
             if not request.skip_bad:
                 raise

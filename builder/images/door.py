@@ -91,6 +91,13 @@ def read_pixels(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) 
     return np.asarray(read_picture(picture, max_pixels=max_pixels))
 
 
+def part(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The pixels of a part (left, top, right, bottom, px) of a picture that was read here: uint8 RGB [H, W, 3]."""
+    left, top, right, bottom = box
+    with pillow_allows((right - left) * (bottom - top)):
+        return np.asarray(image.crop(box))
+
+
 def open_mask(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Mask:
     """A picture as labels; see Mask. What they mean, and whether they can be, is for the caller to judge.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 
 from builder.documents import read_document, write_document
 from builder.errors import BuilderError, did_you_mean
+from builder.images import HIGHEST_MAX_PIXELS, read_pixels
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
 from builder.shards.sealed import DamagedError, open_parquet, without_seal
@@ -237,15 +237,11 @@ class Dataset:
 
 
 def decode(payload: bytes) -> np.ndarray:
-    """The one decoding of the project: an encoded image -> uint8 RGB [H, W, 3], as it is stored (EXIF turns nothing).
+    """An encoded image that a dataset holds -> uint8 RGB [H, W, 3], by the door; ImageError (a ValueError) if not.
 
-    OSError, SyntaxError or ValueError when it can't be decoded.
+    Up to the highest limit: `--max-pixels` has judged it when it came in.
     """
-    try:
-        with Image.open(io.BytesIO(payload)) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # to convert would copy it
-    except Image.DecompressionBombError as error:  # a damaged header may say any size
-        raise ValueError(str(error)) from None
+    return read_pixels(payload, max_pixels=HIGHEST_MAX_PIXELS)
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

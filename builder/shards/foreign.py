@@ -18,11 +18,11 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
 
 from builder import __version__
 from builder.config import fingerprint
 from builder.errors import BuilderError
+from builder.images import DEFAULT_MAX_PIXELS, SUFFIXES, Header, ImageError, read_header, read_pixels
 from builder.phases import ClassTable
 from builder.shards.dataset import NAME, Dataset
 from builder.shards.lock import exclusive
@@ -30,7 +30,7 @@ from builder.shards.storage import Storage
 from builder.shards.whole import all_or_nothing
 from builder.shards.writer import IMAGES_PER_SHARD, Sample, encode_png, image_row, write_shards
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = tuple(sorted(SUFFIXES))  # endings of files and members that are taken for images
 
 Found = tuple[str, str, np.ndarray]  # phase, name of the original, pixels
 
@@ -50,13 +50,19 @@ def is_foreign(reference: str, out: str = ".") -> bool:
 
 
 def adopt(
-    source: str, name: str | None, storage: Storage, classes: ClassTable, *, origin: str = "synthetic"
+    source: str,
+    name: str | None,
+    storage: Storage,
+    classes: ClassTable,
+    *,
+    origin: str = "synthetic",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> Dataset:
     """Pack foreign images into a new dataset `name` (default: the source's name) under `storage`.
 
     `source`: a folder with one folder of images per phase code, a folder of tars, a tar, or a glob of tars (fsspec
-    URLs too). A tar holds png, jpg, jpeg or webp members, each with a member of the same stem that says its class:
-    .cls (label), .json (`label` or `phase`) or .txt (phase code or label).
+    URLs too). A tar holds images, each with a member of the same stem that says its class: .cls (label), .json
+    (`label` or `phase`) or .txt (phase code or label). An image of more than `max_pixels` is refused.
     Raises BuilderError for what cannot be read or has no class, naming tar and member, and for a name that is taken.
     """
     dataset = Dataset(name or _name(source), storage)
@@ -71,16 +77,16 @@ def adopt(
         with all_or_nothing(dataset):
             info = foreign_info(dataset.name, classes, origin, {"adopted_from": source})
             dataset.write_info(info)
-            count = _pack(source, dataset, classes, origin)
+            count = _pack(source, dataset, classes, origin, max_pixels)
             dataset.write_info({**info, "state": "complete", "count": count})
     return dataset
 
 
-def _pack(source: str, dataset: Dataset, classes: ClassTable, origin: str) -> int:
+def _pack(source: str, dataset: Dataset, classes: ClassTable, origin: str, max_pixels: int) -> int:
     counts: Counter[str] = Counter()
 
     def samples() -> Iterator[Sample]:
-        for phase, original, pixels in _images(source, classes):
+        for phase, original, pixels in _images(source, classes, max_pixels):
             key = f"{dataset.name}-{phase}-{counts[phase]:08d}"
             counts[phase] += 1
             row = {**image_row(key, phase, classes.label(phase), origin, pixels), "source": original}
@@ -118,10 +124,10 @@ def foreign_info(name: str, classes: ClassTable, origin: str, come: Mapping[str,
     }
 
 
-def _images(source: str, classes: ClassTable) -> Iterator[Found]:
+def _images(source: str, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
     folder = Path(source)
     if folder.is_dir() and not any(folder.glob("*.tar")):
-        yield from _tree(folder, classes)
+        yield from _tree(folder, classes, max_pixels)
         return
     pattern = f"{source.rstrip('/')}/*.tar" if folder.is_dir() else source
     files = sorted(fsspec.open_files(pattern, "rb"), key=lambda file: str(file.path))
@@ -129,10 +135,10 @@ def _images(source: str, classes: ClassTable) -> Iterator[Found]:
         raise BuilderError(f"there are no tars at {source}", "check the path or the pattern")
     for file in files:
         with file as stream:
-            yield from _tar(stream.read(), PurePosixPath(file.path).name, classes)
+            yield from _tar(stream.read(), PurePosixPath(file.path).name, classes, max_pixels)
 
 
-def _tree(folder: Path, classes: ClassTable) -> Iterator[Found]:
+def _tree(folder: Path, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
     others = {file.parent.name for file in folder.glob("*/*") if file.suffix.lower() in IMAGES} - set(classes.codes)
     if others:
         raise BuilderError(
@@ -142,10 +148,10 @@ def _tree(folder: Path, classes: ClassTable) -> Iterator[Found]:
     for code in classes.codes:
         for file in sorted((folder / code).glob("*")):
             if file.suffix.lower() in IMAGES:
-                yield code, f"{code}/{file.name}", _decode(file.read_bytes(), str(file))
+                yield code, f"{code}/{file.name}", read_foreign(file, str(file), max_pixels)[0]
 
 
-def _tar(data: bytes, name: str, classes: ClassTable) -> Iterator[Found]:
+def _tar(data: bytes, name: str, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             members = {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}  # type: ignore[union-attr]
@@ -156,7 +162,7 @@ def _tar(data: bytes, name: str, classes: ClassTable) -> Iterator[Found]:
         if suffix.lower() in IMAGES:
             said = {end: members[stem + end] for end in (".cls", ".json", ".txt") if stem + end in members}
             where = f"{member} in {name}"
-            yield class_code(said, classes, where), member, _decode(members[member], where)
+            yield class_code(said, classes, where), member, read_foreign(members[member], where, max_pixels)[0]
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -199,9 +205,9 @@ def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> st
     raise BuilderError(f"{where} {problem}", f"give it a .cls member with a label from 0 to {len(classes) - 1}")
 
 
-def _decode(data: bytes, where: str) -> np.ndarray:
+def read_foreign(picture: bytes | Path, where: str, max_pixels: int) -> tuple[np.ndarray, Header]:
+    """The pixels of an image of others, and its header. BuilderError names `where` and the remedy."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BuilderError(f"the image {where} cannot be read: {error}", "replace it or take it out") from None
+        return read_pixels(picture, max_pixels=max_pixels), read_header(picture, max_pixels=max_pixels)
+    except ImageError as error:
+        raise BuilderError(f"the image {where} cannot be read: {error.reason}", error.remedy) from None

@@ -1,7 +1,7 @@
 """WebDataset tars of others become a dataset where they lie: manifests that point into them, and no copy.
 
 One tar, one manifest, written when the tar is read to its end; so an interrupted index goes on, tars that came since
-are added, and tars that changed are read again. The images stay in their own codec (png, jpg, webp), undecoded bytes.
+are added, and tars that changed are read again. The images stay as they are, in any codec that builder.images reads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import braceexpand
 import pyarrow.compute as pc
-from PIL import Image
 
 from builder.config import fingerprint
 from builder.errors import BuilderError
+from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import ClassTable
-from builder.shards.dataset import Dataset, decode
-from builder.shards.foreign import IMAGES, class_code, foreign_info, split_name
+from builder.shards.dataset import Dataset
+from builder.shards.foreign import IMAGES, class_code, foreign_info, read_foreign, split_name
 from builder.shards.lock import exclusive
 from builder.shards.schema import to_table
 from builder.shards.sequential import Sequential
@@ -39,7 +39,6 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 PATIENT = ("patient", "patient_id", "group")  # in a .json; the first that is there
 OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already, as HASHED
 HASHED = re.compile("[0-9a-f]{32}")
-EXIF_ORIENTATION = 0x0112
 
 
 class PatientKey(Protocol):
@@ -56,7 +55,7 @@ class Description:
     """What the tars do not say themselves.
 
     split: of samples whose .json names none; None: they have none. find_key: the key that patients are hashed with,
-    asked for when the first patient is met.
+    asked for when the first patient is met. max_pixels: larger images are refused.
     """
 
     classes: ClassTable
@@ -64,6 +63,7 @@ class Description:
     split: str | None
     find_key: Callable[[], PatientKey]
     licence: str = "not stated"
+    max_pixels: int = DEFAULT_MAX_PIXELS
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Summary:
     images: int = 0
     tars: int = 0
     read: int = 0  # of these, tars that this run read
-    turned: int = 0  # images of these that EXIF would have turned
+    turned: int = 0  # images of these that EXIF turned
     without: dict[str, int] = field(default_factory=lambda: {"split": 0, "patient": 0})
 
 
@@ -194,7 +194,7 @@ def _continued(dataset: Dataset, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list[dict[str, Any]], dict[str, str], int]:
-    """Rows of a tar's images in order, the metadata of their manifest, and how many of them EXIF would turn.
+    """Rows of a tar's images in order, the metadata of their manifest, and how many of them EXIF turned.
 
     The tar is read once, forwards. BuilderError as `index_tars`.
     """
@@ -202,7 +202,7 @@ def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list
     if stamp is None:
         raise BuilderError(f"there is no tar {tar} any more", "check the path or the pattern")
     with _Hashing(Sequential(storage, tar, 0, stamp[0])) as stream:
-        found, said, turned = _members(stream, storage, tar)
+        found, said, turned = _members(stream, storage, tar, description.max_pixels)
         digest = stream.finish()
     if not found:
         raise BuilderError(f"{tar} holds no images", f"expected members that end in {', '.join(IMAGES)}")
@@ -214,9 +214,9 @@ def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list
 
 
 def _members(
-    stream: io.RawIOBase, storage: Storage, tar: str
+    stream: io.RawIOBase, storage: Storage, tar: str, max_pixels: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, bytes]], int]:
-    """By key: what the pixels say of each image; what members beside it say. And how many images EXIF would turn."""
+    """By key: what the pixels say of each image; what members beside it say. And how many images EXIF turned."""
     found: dict[str, dict[str, Any]] = {}
     said: dict[str, dict[str, bytes]] = defaultdict(dict)
     turned, name = 0, "its first member"
@@ -238,7 +238,7 @@ def _members(
                         f"{tar} has two images of the sample '{key}': {found[key]['source']} and {name}",
                         "rename one of them",
                     )
-                image, is_turned = _image(key, payload, f"{name} in {tar}")
+                image, is_turned = _image(key, payload, f"{name} in {tar}", max_pixels)
                 place = {"shard": tar, "offset": member.offset_data, "size": member.size, "source": name}
                 found[key] = {**image, **place}
                 turned += is_turned
@@ -253,15 +253,10 @@ def _members(
     return found, said, turned
 
 
-def _image(key: str, payload: bytes, where: str) -> tuple[dict[str, Any], bool]:
-    """The columns that the pixels give, and whether EXIF asks to turn them (which no reader of tars does)."""
-    try:
-        pixels = decode(payload)
-        with Image.open(io.BytesIO(payload)) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (0, 1)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BuilderError(f"the image {where} cannot be read: {error}", "replace it or take it out") from None
-    return image_row(key, "", 0, "", pixels), turned
+def _image(key: str, payload: bytes, where: str, max_pixels: int) -> tuple[dict[str, Any], bool]:
+    """The columns that the pixels give, and whether EXIF turned them (which other readers of tars may not do)."""
+    pixels, header = read_foreign(payload, where, max_pixels)
+    return image_row(key, "", 0, "", pixels), header.turned
 
 
 def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, description: Description) -> dict[str, Any]:
