@@ -69,6 +69,29 @@ class VaeTrainConfig:
     warmup_steps: Whole = Field(default=100, ge=0, le=MOST, description="Steps of linear warm-up.")
     ema_decay: Real = Field(default=0.995, ge=0, lt=1, description="Decay of the average of weights, per step.")
     autocast: Flag = Field(default=False, description="bfloat16 arithmetic on the CPU too; a GPU always uses it.")
+    perceptual_weight: Real = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Weight of a perceptual distance on EfficientNet-Lite0, in both stages; 0: none.",
+    )
+    adversarial_steps: Whole = Field(
+        default=0,
+        ge=0,
+        le=MOST,
+        description="Steps after the others that train the decoder against two critics; see training.adversarial.",
+    )
+    adversarial_batch_size: Whole = Field(default=32, ge=1, le=65536, description="Images of an adversarial step.")
+    adversarial_learning_rate: Real = Field(
+        default=2e-4, ge=0, le=1, description="Highest learning rate of decoder and grain head; the encoder is frozen."
+    )
+    adversarial_weight: Real = Field(
+        default=0.25, ge=0, le=1000, description="Weight of what the critics hold against a reconstruction."
+    )
+    critic_learning_rate: Real = Field(default=4e-4, ge=0, le=1, description="Highest learning rate of the critics.")
+    grain_channels: Whole = Field(
+        default=0, ge=0, le=1024, description="Channels of noise that a grain head makes texture of; 0: no head."
+    )
 
 
 @section("train.")

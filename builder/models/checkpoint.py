@@ -232,12 +232,14 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
     import torch
 
     from builder.models.families import with_parts
+    from builder.models.grain import save_grain
 
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     halves = {name: torch.nn.Module.to(copy.deepcopy(part), "cpu", torch.float16) for name, part in modules.items()}
     with new_folder(checkpoint.path, replace=True) as folder:
         with without_bars():
             with_parts(pipeline, **halves).save_pretrained(folder, safe_serialization=True)
+        save_grain(pipeline.vae, folder / "vae")
         write_description(checkpoint, folder)
     return checkpoint
 

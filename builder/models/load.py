@@ -19,6 +19,7 @@ from builder.errors import BuilderError
 from builder.models.building import Architecture, Pipeline
 from builder.models.checkpoint import DESCRIPTION, Checkpoint, read_description, without_bars
 from builder.models.families import Family, family_of
+from builder.models.grain import attach, head_of, load_grain
 from builder.models.lora import ADAPTER, fuse_lora, load_lora
 from builder.models.single_file import load_single_file
 from builder.models.source import locate, weights_sha256
@@ -38,7 +39,7 @@ def load_pipeline(
 
     checkpoint: a diffusers folder, a .safetensors file with a whole model (`architecture` gives its sizes where they
     are not the published model's), or a folder with an adapter, which is fused into the base that it names. Safety
-    checkers and image encoders are left out.
+    checkers and image encoders are left out. A grain head (`models.grain`) comes attached to its autoencoder.
     The networks are in `dtype`; the autoencoder stays in float32 when `dtype` is float16, in which SDXL's gives NaN.
     Raises BuilderError for missing files, for weights that are missing, left over or of another shape (the first
     few are named), for a pipeline of no known family, and for an adapter whose base is not there or has changed.
@@ -48,7 +49,10 @@ def load_pipeline(
     for name in family_of(pipeline).weights:
         wanted = torch.float32 if name == "vae" and dtype == torch.float16 else dtype
         # Plain torch's `to`: diffusers' own warns at every cast.
-        _align(torch.nn.Module.to(getattr(pipeline, name), device, wanted).eval().requires_grad_(False))
+        part = getattr(pipeline, name)
+        for module in (part, head_of(part)):
+            if module is not None:
+                _align(torch.nn.Module.to(module, device, wanted).eval().requires_grad_(False))
     return pipeline
 
 
@@ -74,6 +78,7 @@ def _load_folder(folder: Path) -> Pipeline:
     index = _read_json(folder / "model_index.json")
     family = family_of(str(index.get("_class_name")))
     parts: dict[str, Any] = {name: _weights(folder / name, *where) for name, where in family.weights.items()}
+    attach(parts["vae"], load_grain(folder / "vae"))
     for name in family.tokenizers:
         with _explained(folder / name):
             parts[name] = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)

@@ -6,6 +6,8 @@ scheduler, guidance scale, steps, original and target size (SDXL), and with a li
 In a lower precision only the denoiser runs in it: the solver's state, the micro-conditioning and the decoder stay in
 float32 (the decoder's convolutions then in TF32, on GPUs that have it), so nothing overflows (SDXL's decoder does in
 float16) and no step rounds the image.
+Where the autoencoder has a grain head (`models.grain`), its grain is added to what plain diffusers decodes, from noise
+of the image's own seed (`sampling.grain`).
 
 Attention is torch's scaled_dot_product_attention, which diffusers calls by default; on a GPU weights are channels_last;
 the text encoders are let go once the prompts are encoded.
@@ -27,7 +29,9 @@ from builder.arithmetic import convolutions
 from builder.config import Config, SampleConfig
 from builder.errors import BuilderError
 from builder.models.families import family_of
+from builder.models.grain import head_of
 from builder.sampling.device import device_model, dtype_name, resolve_dtype
+from builder.sampling.grain import with_grain
 from builder.sampling.guidance import guided_steps
 from builder.sampling.pixels import blank, to_levels
 from builder.sampling.prompts import PromptEmbedding, encode_prompts
@@ -119,6 +123,8 @@ class Sampler:
         layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self._unet: Any = _move(pipeline.unet.eval(), self.device, self.dtype, memory_format=layout)
         self._vae: Any = _move(pipeline.vae.eval(), self.device, torch.float32, memory_format=layout)
+        if (head := head_of(self._vae)) is not None:
+            _move(head.eval(), self.device, torch.float32, memory_format=layout)
         self._fits: dict[bool, int] = {}  # the largest micro-batch since memory ran out, by `precise`
         if config.compile:
             compile_blocks(self._unet)
@@ -192,10 +198,14 @@ class Sampler:
         self, requests: Sequence[Request], dtype: torch.dtype, vae_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         latents = self._denoise(self._noise(requests), self._conditions(requests, dtype), dtype)
-        decoded = self._decode(latents.to(vae_dtype))
+        smooth = self._decode(latents.to(vae_dtype))
+        decoded = self._with_grain(smooth, requests)
         finite = torch.isfinite(latents).flatten(1).all(1) & torch.isfinite(decoded).flatten(1).all(1)
         levels = to_levels(decoded)
-        return levels, ~finite | blank(levels)
+        bad = ~finite | blank(levels)
+        if decoded is not smooth:  # grain upon a failed image would hide that it has one colour
+            bad |= blank(to_levels(smooth))
+        return levels, bad
 
     @contextmanager
     def _precision(self, higher: bool) -> Iterator[tuple[torch.dtype, torch.dtype]]:
@@ -206,11 +216,22 @@ class Sampler:
         dtype, vae_dtype = HIGHER_PRECISION[self.dtype], torch.float64
         try:
             _move(self._unet, dtype)
-            _move(self._vae, vae_dtype)
+            self._move_decoder(vae_dtype)
             yield dtype, vae_dtype
         finally:
             _move(self._unet, self.dtype)
-            _move(self._vae, torch.float32)
+            self._move_decoder(torch.float32)
+
+    def _move_decoder(self, dtype: torch.dtype) -> None:
+        """The autoencoder, and its grain head where it has one."""
+        for part in (self._vae, head_of(self._vae)):
+            if part is not None:
+                _move(part, dtype)
+
+    def _with_grain(self, decoded: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """The images with the grain of their seeds; the very same tensor where the autoencoder has no grain head."""
+        with convolutions(tf32=self.dtype != torch.float32):
+            return with_grain(self._vae, decoded, [request.seed for request in requests])
 
     def _noise(self, requests: Sequence[Request]) -> torch.Tensor:
         """Standard normal latents [N, C, h, w], float32, each from the CPU generator of its seed."""

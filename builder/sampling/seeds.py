@@ -20,6 +20,7 @@ from builder.phases import MAX_PHASES
 INDEX_BITS, RESERVE_BITS = 24, 2
 MAX_INDEX = 2**INDEX_BITS - 1
 MAX_RESERVE = 2**RESERVE_BITS - 1
+GRAIN_KEY = int.from_bytes(b"grain", "big")  # of the bijection from an image's seed to that of its grain
 ROUNDS = 4
 HALF_BITS = 16
 
@@ -40,6 +41,15 @@ def seeds_of(run_seed: int, phase_labels: ArrayLike, indices: ArrayLike, reserve
     reserve = _within(reserves, MAX_RESERVE, "reserve", f"an image has {MAX_RESERVE} reserve seeds")
     counter = label << np.uint32(INDEX_BITS + RESERVE_BITS) | reserve << np.uint32(INDEX_BITS) | index
     return permute(counter, round_tables(run_seed))
+
+
+def grain_seed(seed: int) -> int:
+    """The seed, 0..2^32-1, of the noise that an image's grain is made of; `seed` is the image's own.
+
+    `permute` with the round functions of GRAIN_KEY: a bijection, so distinct images have distinct grain; and other
+    numbers than the latents of the same image begin with.
+    """
+    return int(permute(seed, round_tables(GRAIN_KEY)))
 
 
 def permute(values: ArrayLike, tables: NDArray[np.uint16]) -> NDArray[np.uint32]:

@@ -96,6 +96,30 @@ class EfficientNetLoss(PerceptualLoss):
         return found
 
 
+class NormalisedDistance(EfficientNetLoss):
+    """LPIPS (Zhang 2018) without its learned weights, on EfficientNet-Lite0's first blocks.
+
+    At each position the activations are brought to unit length; squared differences are summed over channels and
+    averaged over positions and depths: 0 for the same image, at most 4. Frozen; in bfloat16 on a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._network.to(self._dtype)
+
+    def __call__(self, images: Tensor, true: Tensor) -> Tensor:
+        """[B] for images and true ones [B, 3, S, S], -1..1."""
+        with torch.no_grad():
+            wanted = self._unit(true)
+        pairs = zip(self._unit(images), wanted, strict=True)
+        return torch.stack([(ours - theirs).square().sum(1).mean(dim=(1, 2)) for ours, theirs in pairs]).mean(0)
+
+    def _unit(self, images: Tensor) -> list[Tensor]:
+        activations = self._activations(self._read(images).to(self._dtype))
+        return [functional.normalize(found.float(), dim=1, eps=1e-6) for found in activations]
+
+
 def _read(file: str) -> dict[str, Tensor]:
     remedy = f"train.perceptual_file names torchvision's file, {URL}; or set train.perceptual_weight to 0"
     if not file or not Path(file).is_file():

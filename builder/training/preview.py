@@ -13,6 +13,7 @@ from torch import Tensor
 from builder import plotting
 from builder.models.building import Pipeline
 from builder.phases import ClassTable
+from builder.sampling.grain import with_grain
 from builder.sampling.pixels import to_pixels
 from builder.sampling.sampler import Request, Sampler
 from builder.training.vae import encode
@@ -30,7 +31,7 @@ def write_grid(rows: list[np.ndarray], file: Path, least: int = 96) -> None:
 def write_reconstructions(pipeline: Pipeline, pixels: Tensor, file: Path, device: torch.device) -> None:
     """Crops (uint8 [B, 3, S, S]) above what the autoencoder makes of them."""
     mean, _ = encode(pipeline.vae, pixels, device)
-    decoded = to_pixels(pipeline.vae.decode(mean.to(device)).sample)
+    decoded = to_pixels(with_grain(pipeline.vae, pipeline.vae.decode(mean.to(device)).sample, range(len(mean))))
     write_grid([pixels.permute(0, 2, 3, 1).numpy(), decoded], file)
 
 
@@ -54,7 +55,8 @@ def write_curve(log: Path, file: Path) -> None:
         # After an interruption some steps were logged twice, equally: the last one counts.
         points = {line["step"]: line["loss"] for line in lines if line["stage"] == stage}
         axis.plot(sorted(points), [points[step] for step in sorted(points)], linewidth=0.8)
-        axis.set(title=stage, xlabel="step", ylabel="loss", yscale="log")
+        scale = "log" if min(points.values()) > 0 else "linear"  # an adversarial loss may be negative
+        axis.set(title=stage, xlabel="step", ylabel="loss", yscale=scale)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(file, dpi=110)

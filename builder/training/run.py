@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from builder.config import Config, fingerprint
+from builder.config import Config, VaeTrainConfig, fingerprint
 from builder.models.building import Pipeline
 from builder.models.checkpoint import Checkpoint
 from builder.models.families import with_parts
 from builder.sampling.sampler import Sampler
 from builder.shards.dataset import Dataset
+from builder.training.adversarial import BETAS, GRAD_NORM, AdversarialObjective
 from builder.training.checkpoints import Checkpoints
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
 from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts, precision_on
@@ -35,6 +36,11 @@ FREE_KEYS = (  # of train: no state depends on them
     "steps", "checkpoint_every", "keep_checkpoints", "threads", "vae", "micro_batch", "gradient_checkpointing",
     "ema_device", "evaluate_every", "evaluate_images", "monitor", "monitor_mode", "patience", "perceptual_file",
 )  # fmt: skip
+ADVERSARIAL_KEYS = (  # of train.vae: the reconstruction does not depend on them
+    "adversarial_steps", "adversarial_batch_size", "adversarial_learning_rate", "adversarial_weight",
+    "critic_learning_rate", "grain_channels",
+)  # fmt: skip
+DECODER_WARMUP = 100  # steps of the adversarial stage; of a short one a tenth
 
 
 def train(
@@ -86,8 +92,26 @@ def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
         "model": {key: plain["model"][key] for key in ("family", "architecture")},
         "size": config.train.size,
         "data": [dataset.info.get("fingerprint"), dataset.info.get("count")],
-        "vae": {key: value for key, value in plain["train"]["vae"].items() if key != "steps"},
+        "vae": {
+            key: value for key, value in _vae_settings(config).items() if key != "steps" and key not in ADVERSARIAL_KEYS
+        },
     }
+
+
+def _vae_settings(config: Config) -> dict[str, Any]:
+    """`train.vae` without those of the newer keys that are at their defaults: states from before them go on."""
+    settings = config.to_json()["train"]["vae"]
+    newer = {"perceptual_weight", *ADVERSARIAL_KEYS}
+    if not settings["adversarial_steps"]:
+        settings = {key: value for key, value in settings.items() if key not in ADVERSARIAL_KEYS}
+    defaults = vars(VaeTrainConfig())
+    return {key: value for key, value in settings.items() if key not in newer or value != defaults[key]}
+
+
+def _adversarial_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What a resume state of the adversarial stage must agree with: it starts from one finished autoencoder."""
+    settings = {key: value for key, value in _vae_settings(config).items() if key != "adversarial_steps"}
+    return {**_vae_identity(config, dataset), "vae": settings}
 
 
 def _unet_identity(config: Config, dataset: Dataset, begin: Start) -> dict[str, Any]:
@@ -95,7 +119,7 @@ def _unet_identity(config: Config, dataset: Dataset, begin: Start) -> dict[str, 
     plain = config.to_json()
     return {
         **_vae_identity(config, dataset),
-        "vae": plain["train"]["vae"],
+        "vae": _vae_settings(config),
         "train": {key: value for key, value in plain["train"].items() if key not in FREE_KEYS},
         "base": begin.named.get("sha256"),
         "method": [plain["model"]["method"], plain["model"]["lora"] if config.model.method == "lora" else None],
@@ -124,8 +148,35 @@ def _train_vae(
     pipeline.vae.eval().requires_grad_(False)
     scale = scaling_factor(*encode(pipeline.vae, crops.pixels[:: max(1, len(crops) // 1024)], device))
     pipeline.vae.register_to_config(scaling_factor=scale)
+    if settings.adversarial_steps:
+        train_decoder(pipeline.vae, config, _adversarial_identity(config, dataset), crops, out, log, processes)
     if processes.first:
         write_reconstructions(pipeline, crops.pixels[:: -(-len(crops) // SHOWN)], out / "reconstructions.png", device)
+
+
+def train_decoder(
+    vae: Any, config: Config, identity: dict[str, Any], crops: TrainingCrops, out: Path, log: Log,
+    processes: Processes,
+) -> None:  # fmt: skip
+    """The adversarial stage (`training.adversarial`) of an autoencoder, in place; its encoder stays as it is.
+
+    identity: what a resume state must agree with. In every process alike, as the reconstruction.
+    """
+    settings, device = config.train.vae, processes.device
+    objective = AdversarialObjective(vae, crops, settings, seed=config.seed, device=device)
+    steps = settings.adversarial_steps
+    stage = Stage(
+        "decoder", objective, steps=steps, batch_size=settings.adversarial_batch_size,
+        learning_rate=settings.adversarial_learning_rate, warmup_steps=min(DECODER_WARMUP, steps // 10),
+        weight_decay=0.0, grad_norm=GRAD_NORM, ema_decay=settings.ema_decay, betas=BETAS, fused=device.type == "cuda",
+    )  # fmt: skip
+    states = States(out / "state", fingerprint(identity))
+    states.restore(stage, device)
+    processes.wait()
+    run_stage(stage, states, log, every=config.train.checkpoint_every, writes=processes.first)
+    stage.ema.copy_to_parameters()
+    processes.share(objective.network)
+    objective.network.eval().requires_grad_(False)
 
 
 def _train_unet(

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,25 +40,37 @@ class Objective(Protocol):
         """Means over the images `part` of the step's batch, by name; `loss` is the one that is minimised."""
 
 
+@runtime_checkable
+class StatefulObjective(Protocol):
+    """An objective that itself learns, e.g. a critic; its state belongs to a stage's."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Stage:
     """A network with optimizer, learning-rate schedule and average.
 
     Without `processes` every process computes all of it by itself. With them each takes its share of the batch, in
     passes of at most `micro_batch` images; they may divide the weights too. precision: bf16, fp16 or fp32; of these
-    fp16 has its loss scaled.
+    fp16 has its loss scaled. betas, fused: of AdamW; fused takes one kernel for all weights, and other last bits.
     """
 
     def __init__(
         self, name: str, objective: Objective, *, steps: int, batch_size: int, learning_rate: float,
         warmup_steps: int, weight_decay: float, grad_norm: float, ema_decay: float, ema_on_cpu: bool = False,
         optimizer: str = "adamw", precision: str = "fp32", micro_batch: int = 0, processes: Processes | None = None,
+        betas: tuple[float, float] = (0.9, 0.999), fused: bool = False,
     ) -> None:  # fmt: skip
         self.name, self.objective, self.steps, self.batch_size = name, objective, steps, batch_size
         self.warmup_steps, self.learning_rate = warmup_steps, learning_rate
         self.processes = processes
         count, rank = (processes.count, processes.rank) if processes else (1, 0)
         self.parts = chunks(batch_size, micro_batch, rank, count)
-        make = functools.partial(make_optimizer, optimizer, learning_rate=learning_rate, weight_decay=weight_decay)
+        make = functools.partial(
+            make_optimizer, optimizer, learning_rate=learning_rate, weight_decay=weight_decay, betas=betas, fused=fused
+        )
         self.division: Division
         if processes:
             self.division = divide(
@@ -130,6 +142,7 @@ class Stage:
             "ema": self.division.whole(self.ema.average),
             "optimizer": self.division.optimizer_state(),
             "scaler": self.division.scaler.state_dict(),
+            "objective": self.objective.state_dict() if isinstance(self.objective, StatefulObjective) else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,19 +150,28 @@ class Stage:
         self.ema.load(self.division.own(state["ema"]))
         self.division.load_optimizer_state(state["optimizer"])
         self.division.scaler.load_state_dict(state["scaler"])
+        if isinstance(self.objective, StatefulObjective):
+            self.objective.load_state_dict(state["objective"])
         self.since.sums, self.since.count = state["since"]
         self.step, self.skipped = state["step"], state["skipped"]
 
 
 def make_optimizer(
-    name: str, parameters: list[nn.Parameter], learning_rate: float, weight_decay: float
+    name: str,
+    parameters: list[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or with its moments in 8 bits (Dettmers 2022).
 
     BuilderError for the latter without its package.
     """
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas, fused=fused or None
+        )
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
@@ -157,7 +179,7 @@ def make_optimizer(
             f"train.optimizer adamw8bit needs the package bitsandbytes: {error}",
             "pip install bitsandbytes, or set train.optimizer to adamw",
         ) from None
-    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay, betas=betas)
     return made
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from builder.config import VaeTrainConfig
 from builder.errors import BuilderError
 from builder.training.data import CropSampler, TrainingCrops, step_generator
+from builder.training.perceptual import NormalisedDistance
 
 PCA_CROPS = 1000  # crops that the principal components are taken from
 FIRST_LOG_VARIANCE = -4.0  # of the posterior: a deviation of 0.14
@@ -64,7 +65,8 @@ class PrincipalComponents:
 
 
 class AutoencoderObjective:
-    """L1 + gradient difference + KL per latent number, on crops and their mirror images.
+    """L1 + gradient difference + KL per latent number, on crops and their mirror images; and the perceptual distance
+    where it has a weight.
 
     In the first `guided_steps` the encoder also learns to give the principal components, and the decoder is fed
     with them instead of the encoder's latents; both fade out over the second half of these steps.
@@ -85,6 +87,7 @@ class AutoencoderObjective:
         self.sampler = CropSampler(crops.labels, balanced=True, seed=seed)
         channels = vae.config.latent_channels
         self.components = PrincipalComponents(crops.pixels, channels, 2 ** (len(vae.config.block_out_channels) - 1))
+        self.perceptual = NormalisedDistance(device) if config.perceptual_weight else None
         with torch.no_grad():  # begin with little noise: the small components would drown in it
             vae.quant_conv.bias[channels:] = FIRST_LOG_VARIANCE
 
@@ -111,6 +114,9 @@ class AutoencoderObjective:
         guide = functional.l1_loss(posterior.mean.float(), target)
         loss = l1 + self.config.gradient_weight * gradient + self.config.kl_weight * kl + guided * guide
         parts = {"l1": l1, "gradient": gradient, "kl": kl, "guide": guide}
+        if self.perceptual:
+            parts["perceptual"] = self.perceptual(decoded, image).mean()
+            loss = loss + self.config.perceptual_weight * parts["perceptual"]
         return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
 
