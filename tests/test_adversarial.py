@@ -280,7 +280,6 @@ def test_the_adversarial_stage_brings_the_grain_back(noisy: TrainingCrops) -> No
     assert before < 0.2 * detail_of(real)
     assert 0.4 * detail_of(real) < detail_of(made()) < 1.5 * detail_of(real)
     assert losses[-1]["energy"] < 0.9 * losses[0]["energy"]
-    assert losses[-1]["means"] < losses[0]["means"]
     assert all(torch.equal(vae.state_dict()[name], value) for name, value in encoder.items())
     same = made()
     assert not torch.equal(same, with_grain(vae, vae.decode(vae.encode(real).latent_dist.mean).sample, range(1, 13)))
