@@ -14,11 +14,10 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.acceptance.gpu.child import LAST_LINES, PARTS, Record, run_part, say
+from tests.acceptance.gpu.child import PARTS, Record, last_lines, run_part, say
 from tests.acceptance.gpu.report import environment, write_report
 from tests.acceptance.gpu.setting import Setting
 
@@ -70,8 +69,7 @@ def run(
             try:
                 supervise(part, setting)
             except Exception as error:  # of this program, not of a step: the other parts shall run all the same
-                lines = traceback.format_exc().splitlines()[-LAST_LINES:]
-                Record(out, part).ended("part", "part", {"error": repr(error), "traceback": lines}, 0.0)
+                Record(out, part).ended("part", "part", {"error": repr(error), "traceback": last_lines()}, 0.0)
                 failed.append(part)
             text = write_report(out, about)
     for unfinished in out.glob(".part-?.json"):  # of a process that was ended while it wrote

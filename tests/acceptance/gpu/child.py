@@ -41,8 +41,7 @@ def run_part(part: str, setting: Setting, done: Sequence[str]) -> None:
         try:
             result = step.run()
         except BaseException as error:
-            lines = traceback.format_exc().splitlines()[-LAST_LINES:]
-            result = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": lines}
+            result = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": last_lines()}
             del error  # it holds the tensors of its frames
         record.ended(step.name, step.group, result, time.time() - started)
         said = result.get("error") or result.get("skipped") or "done"
@@ -97,6 +96,12 @@ class Record:
         unfinished = self.path.with_name(f".{self.path.name}")
         unfinished.write_text(text)
         unfinished.replace(self.path)
+
+
+def last_lines() -> list[str]:
+    """The end of the traceback of the error in hand, without the lines that only underline."""
+    lines = [line for line in traceback.format_exc().splitlines() if line.strip(" ^~")]
+    return lines[-LAST_LINES:]
 
 
 def _plain(value: Any) -> Any:

@@ -87,6 +87,7 @@ def measured(device: str, call: Callable[[], Any]) -> tuple[Any, dict[str, Any]]
     On the CPU there is neither memory of the device nor utilisation: None.
     """
     if device == "cuda":
+        torch.cuda.init()  # before it there are no statistics to reset
         torch.cuda.reset_peak_memory_stats()
     synchronize(device)
     with Sampled(gpu_now if device == "cuda" else lambda: None) as watch:

@@ -82,6 +82,7 @@ class Training:
         self.method = ""
         self.stage: Stage | None = None
         self.pipeline: Any = None
+        self.unet: Any = None
 
     @cached_property
     def processes(self) -> Processes:
@@ -95,7 +96,8 @@ class Training:
         """The pipeline of a method, as `builder train` prepares it."""
         if self.method == method:
             return
-        self.stage = self.pipeline = None
+        self.stage = self.pipeline = self.unet = None
+        self.processes.accelerator.free_memory()  # it keeps what it has prepared
         free(self.setting.device)
         if not self.setting.cuda:
             torch.set_num_threads(1)
