@@ -274,7 +274,7 @@ def test_masks_give_a_box_for_each_component_and_drop_specks(tmp_path):
     Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     source = read_boxes(tmp_path / "masks", Photographs(tmp_path / "p"))
     assert [(b.xmin, b.ymin, b.xmax, b.ymax) for b in source.boxes] == [(10, 5, 30, 25), (40, 30, 50, 38)]
-    assert source.specks == 1
+    assert source.left_out["specks in masks, left out"] == 1
     assert source.boxes[0].extent == (60, 40)
 
 
@@ -318,9 +318,6 @@ def test_bad_label_names_file_and_line(tmp_path):
         read_labels(write(path, text), Photographs(tmp_path / "p"), Codes(HEALING_PHASES))
     with pytest.raises(BuilderError, match="line 2 has 3 cells, the header 2"):
         read_labels(write(path, "file,label\na,b.png,I\n"), Photographs(tmp_path / "p"), Codes(HEALING_PHASES))
-    path.write_bytes("file,label\nä.png,I\n".encode("latin-1"))
-    with pytest.raises(BuilderError, match=r"cannot be read.*utf-8"):
-        read_labels(path, Photographs(tmp_path / "p"), Codes(HEALING_PHASES))
     with pytest.raises(BuilderError, match=r"no column 'phase' or 'label'"):
         read_labels(write(path, "file,foo\n"), Photographs(tmp_path / "p"), Codes(HEALING_PHASES))
 
@@ -639,9 +636,9 @@ def test_one_photograph_of_two_patients(hospital, tmp_path):
 @pytest.mark.parametrize("root", ["I", "depth_rgb/I"])
 def test_image_tree_by_phase_folder(tmp_path, root):
     parent = Path(root).parent
-    for code in ("I", "proliferative", "r"):
+    for place, code in enumerate(("I", "proliferative", "r")):
         for number in range(3):
-            photograph(tmp_path / "tree" / parent / code / f"{code}{number}.png", seed=number)
+            photograph(tmp_path / "tree" / parent / code / f"{code}{number}.png", seed=10 * place + number)
     request = PackRequest(tmp_path / "tree", without_box="whole", group_by=r"\d", key=KEY, freeze_size=16)
     summary = pack(request, dataset(tmp_path), progress=False)
     assert {phase: sum(row.values()) for phase, row in summary.crops.items()} == {"I": 3, "P": 3, "R": 3}

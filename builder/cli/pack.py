@@ -17,6 +17,20 @@ FILE = click.Path(path_type=Path)
 @click.option(
     "--boxes", type=FILE, help="CSV (the old columns, or file,xmin,ymin,xmax,ymax), COCO JSON, or a folder of masks."
 )
+@click.option(
+    "--box-units",
+    type=click.Choice(["pixel", "fraction", "percent"]),
+    help="Units of the boxes' numbers. [default: pixel; refused where they look like another]",
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="ROLE=NAME",
+    help="Column of a table that is the file, number, label, patient, xmin, ...; NAME 'none' for none. Repeatable.",
+)
+@click.option("--category", "categories", multiple=True, help="COCO category of wounds. Repeatable. [default: all]")
+@click.option("--inverted-masks", is_flag=True, help="In the masks, wounds are black and everything else is not.")
 @click.option("--labels", type=FILE, help="CSV of phases by file. [default: the boxes' labels, else the phase folders]")
 @click.option("--name", required=True, help="Name of the dataset.")
 @config_options
@@ -35,7 +49,8 @@ FILE = click.Path(path_type=Path)
 @click.option("--licence", default="not stated", show_default=True, help="Licence of the photographs; recorded.")
 @max_pixels_option
 def pack(
-    photographs: Path, boxes: Path | None, labels: Path | None, name: str, source: str | None,
+    photographs: Path, boxes: Path | None, box_units: str | None, columns: tuple[str, ...],
+    categories: tuple[str, ...], inverted_masks: bool, labels: Path | None, name: str, source: str | None,
     overrides: tuple[str, ...], out: str, margin: float | None, max_size: int | None, size: int | None,
     without_box: str | None, skip_bad: bool, group_by: str | None, key_file: Path | None, licence: str, max_pixels: int,
 ) -> None:  # fmt: skip
@@ -54,6 +69,10 @@ def pack(
         photographs=photographs,
         boxes=boxes,
         labels=labels,
+        box_units=box_units,  # type: ignore[arg-type]
+        columns=_by_role(columns),
+        categories=categories,
+        inverted_masks=inverted_masks,
         classes=config.classes,
         crops=replace(config.crops, **{key: value for key, value in given.items() if value is not None}),
         without_box=without_box,  # type: ignore[arg-type]
@@ -62,8 +81,24 @@ def pack(
         group_by=group_by,
         key_file=key_file,
         images_per_shard=config.shards.images_per_shard,
+        model_size=config.train.size,
         config_name=config.name,
         licence=licence,
         max_pixels=max_pixels,
     )
     click.echo(run(request, Dataset(name, Storage(out))))
+
+
+def _by_role(columns: tuple[str, ...]) -> dict[str, str]:
+    """role -> column name, of options ROLE=NAME."""
+    from builder.errors import BuilderError
+
+    chosen: dict[str, str] = {}
+    for text in columns:
+        role, equals, name = text.partition("=")
+        role, name = role.strip().lower(), name.strip()
+        if not equals or not role or not name:
+            raise BuilderError(f"--column {text} is no ROLE=NAME", "write e.g. --column patient='Patient code'")
+        if chosen.setdefault(role, name) != name:
+            raise BuilderError(f"--column names two columns for {role}: {chosen[role]} and {name}", "keep one of them")
+    return chosen

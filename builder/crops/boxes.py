@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from builder.crops import tables
-from builder.crops.cut import Edges
-from builder.crops.photographs import Photographs, without_suffix
+from builder.crops import numbers, tables
+from builder.crops.columns import CORNERS
+from builder.crops.layouts import Edges, edges_of
+from builder.crops.listing import Listing
+from builder.crops.photographs import Photographs, is_folder
+from builder.crops.problems import Problems
 from builder.errors import BuilderError
 from builder.images import ImageError, open_mask
-
-SPECK = 16  # px; smaller components of a mask are slips of the pen
 
 
 @dataclass(frozen=True)
 class Box:
-    """One box on a photograph as people see it (EXIF orientation applied): pixels, maximum exclusive.
+    """One box on a photograph as people see it (EXIF orientation applied); maximum exclusive.
 
-    `label` and `patient` are the text beside the box, if there is any; `where` names its place in the source;
-    `extent` is the width and height of the picture the box was drawn on, where the source says so.
+    The edges are in the units of their source until `units.to_pixels` has made them pixels. `label` and `patient` are
+    the text beside the box, if there is any; `where` names its place in the source; `extent` is the width and height
+    (px) of the picture the box was drawn on, where the source says so.
     """
 
     photograph: str
@@ -39,144 +38,140 @@ class Box:
     patient: str = ""
     extent: tuple[int, int] | None = None
 
+    @property
+    def edges(self) -> Edges:
+        return self.xmin, self.ymin, self.xmax, self.ymax
+
 
 @dataclass
 class BoxSource:
-    """The boxes of a source, with what was left out: specks of masks, and references to photographs not there."""
+    """The boxes of a source, and what is known of them.
+
+    has_labels: the boxes say their phase. layout: how their four numbers are written (columns.LAYOUTS). in_pixels:
+    their numbers are certainly pixels, as those of masks. usable: False when the source could not be read so far that
+    a photograph without a box means anything. unclear: roles whose column could not be told.
+    missing: references to photographs that aren't there. left_out: what was left out, and how often. header: the
+    names of its columns or keys. empty: photographs whose mask says no wound. passed_over: what else lies in a folder
+    of masks.
+    """
 
     boxes: list[Box] = field(default_factory=list)
     has_labels: bool = False
-    specks: int = 0
+    layout: str = CORNERS
+    in_pixels: bool = False
+    percent_signs: bool = False
+    usable: bool = True
+    names_patients: bool = False
+    unclear: frozenset[str] = frozenset()
     missing: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    header: list[str] = field(default_factory=list)
+    empty: set[str] = field(default_factory=set)
+    passed_over: Listing | None = None
 
 
-def read_boxes(path: Path, photographs: Photographs, is_label: Callable[[str], bool] = lambda text: False) -> BoxSource:
+def read_boxes(
+    path: Path,
+    photographs: Photographs,
+    is_label: Callable[[str], bool] = lambda text: False,
+    *,
+    problems: Problems | None = None,
+    chosen: Mapping[str, str] | None = None,
+    categories: Sequence[str] = (),
+    has_label_file: bool = False,
+    inverted_masks: bool = False,
+) -> BoxSource:
     """Read boxes: a folder holds masks, a `.json` file is COCO, anything else a CSV.
 
-    `is_label` tells whether the name of a COCO category is a class: categories like 'ulcer' say nothing about it.
+    Args:
+        path: the source.
+        photographs: what its references are looked up in.
+        is_label: tells whether the name of a COCO category is a class: categories like 'ulcer' say nothing about it.
+        problems: mistakes are noted there; None raises them at the end, together.
+        chosen: role -> column name, as the user said it.
+        categories: names of the COCO categories that are wounds; empty for all.
+        has_label_file: phases come from another table, so the box source needs none.
+        inverted_masks: in masks, wounds are black.
     """
-    if not path.exists():
-        raise BuilderError(
-            f"the box source {path} is missing", "check the path; crops are never cut from whole photographs silently"
-        )
-    if path.is_dir():
-        return read_masks(path, photographs)
-    if path.suffix.lower() == ".json":
-        return read_coco(path, photographs, is_label)
-    return read_box_csv(path, photographs)
+    from builder.crops.coco import read_coco
+    from builder.crops.masks import read_masks
 
-
-# -- CSV --------------------------------------------------------------------------------------------------------------
-
-EDGES = ("xmin", "ymin", "xmax", "ymax")
-
-
-def read_box_csv(path: Path, photographs: Photographs) -> BoxSource:
-    """A CSV with a file name and xmin, ymin, xmax, ymax; optional box number, label (phase) and patient."""
-    columns = {
-        "file": tables.FILE, "number": tables.NUMBER, "label": tables.LABEL, "patient": tables.PATIENT,
-        **{edge: (edge,) for edge in EDGES},
-    }  # fmt: skip
-    source = BoxSource()
-    for where, cells in tables.read_csv(path, columns, ("file", *EDGES)):
-        name = photographs.find(cells["file"], where)
-        if name is None:
-            source.missing.append(f"{where}: {cells['file']}")
-            continue
-        number = tables.box_number(cells.get("number", ""))
-        label, patient = cells.get("label", ""), tables.patient_id(cells.get("patient", ""))
-        source.has_labels |= bool(label)
-        source.boxes.append(Box(name, *_edges([cells[edge] for edge in EDGES], where), where, number, label, patient))
+    found = Problems() if problems is None else problems
+    source = BoxSource(usable=False)
+    with found.collected():
+        if not exists(path):
+            raise BuilderError(
+                f"the box source {path} is missing",
+                "check the path; crops are never cut from whole photographs silently",
+            )
+        if is_folder(path):
+            source = read_masks(path, photographs, found, inverted=inverted_masks)
+        elif path.suffix.lower() == ".json":
+            source = read_coco(path, photographs, is_label, found, chosen, categories, has_label_file)
+        else:
+            source = read_box_csv(path, photographs, found, chosen)
+    if problems is None:
+        found.raise_if_any()
     return source
 
 
-# -- COCO -------------------------------------------------------------------------------------------------------------
-
-
-def read_coco(path: Path, photographs: Photographs, is_label: Callable[[str], bool]) -> BoxSource:
-    """COCO object detection: `images`, `annotations` with bbox [x, y, width, height], `categories`."""
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder. A name that no file system takes is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        files = {image["id"]: image for image in data["images"]}
-        categories = {category["id"]: str(category["name"]) for category in data.get("categories", [])}
-        annotations = [(a["image_id"], a["bbox"], a.get("category_id")) for a in data["annotations"]]
-    except (OSError, ValueError) as error:
-        raise BuilderError(f"{path} is not valid JSON: {error}", "mend the file") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BuilderError(
-            f"{path} is not COCO: {error!r}", "it needs images (id, file_name) and annotations (image_id, bbox)"
-        ) from None
-    source = BoxSource(has_labels=any(is_label(name) for name in categories.values()))
-    seen: dict[str, int] = {}
-    for position, (image_id, bbox, category) in enumerate(annotations):
-        where = f"{path} annotation {position}"
-        image = files.get(image_id)
-        if not isinstance(image, Mapping) or "file_name" not in image:
-            raise BuilderError(f"{where} is of image {image_id}, which has no file name", "mend the file")
-        name = photographs.find(str(image["file_name"]), where)
-        if name is None:
-            source.missing.append(f"{where}: {image['file_name']}")
-            continue
-        if not isinstance(bbox, list) or len(bbox) != 4:
-            raise BuilderError(f"{where} has the bbox {bbox!r}", "it must be [x, y, width, height]")
-        x, y, width, height = _edges(bbox, where)
-        seen[name] = seen.get(name, 0) + 1
-        label = categories.get(category, "") if source.has_labels else ""
-        patient = tables.patient_id(str(image.get("patient", "")))
-        extent = (int(image["width"]), int(image["height"])) if image.get("width") and image.get("height") else None
-        source.boxes.append(Box(name, x, y, x + width, y + height, where, str(seen[name]), label, patient, extent))
-    return source
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
-# -- masks ------------------------------------------------------------------------------------------------------------
+def read_box_csv(
+    path: Path, photographs: Photographs, problems: Problems, chosen: Mapping[str, str] | None = None
+) -> BoxSource:
+    """A CSV with a file name and the four numbers of a box; optional box number, label (phase) and patient.
 
-
-def read_masks(folder: Path, photographs: Photographs) -> BoxSource:
-    """Masks named like their photographs: a box around each connected component (8 neighbours) of SPECK px or more.
-
-    A lossless mask is wound wherever it isn't 0; a JPEG, whose edges ring, where it is above 127.
+    The numbers are xmin, ymin, xmax, ymax, or x, y, width, height, or the centre with width and height, by the names
+    of their columns.
     """
-    masks = Photographs(folder)
-    source = BoxSource()
-    for mask_name in masks.names:
-        name = photographs.find(without_suffix(mask_name), f"mask {mask_name}")
-        if name is None:
-            source.missing.append(f"mask {folder / mask_name}")
+    table = tables.read_table(path, chosen)
+    source = BoxSource(notes=table.notes, header=table.header)
+    layout = None
+    with problems.collected():
+        layout = table.columns.layout()
+        if layout is None:
+            raise table.lacks("box")
+    optional = ["number", "label", "patient", "photowidth", "photoheight"]
+    places = tables.find_places(table, ["file", *(layout[1] if layout else ())], optional, problems)
+    source.unclear = places.unclear
+    source.names_patients = "patient" in places.found
+    if layout is None or "file" not in places.found:
+        source.usable = False
+        return source
+    source.layout = layout[0]
+    rows = list(table.rows(places.found, problems))
+    written = [[cells[role] for role in layout[1]] for _, cells in rows]
+    source.percent_signs = any(cell.endswith("%") for cells in written for cell in cells)
+    values = [[numbers.clean(cell) for cell in cells] for cells in written]
+    with problems.collected():
+        numbers.require_no_groups([cell for cells in values for cell in cells if cell], str(path))
+    for (where, cells), four in zip(rows, values, strict=True):
+        if not any(four):
+            source.left_out["rows without a box, passed over"] += 1
             continue
-        boxes, specks, extent = _components(masks.path(mask_name))
-        source.specks += specks
-        for number, edges in enumerate(boxes, start=1):
-            where = f"mask {folder / mask_name} component {number}"
-            source.boxes.append(Box(name, *edges, where, str(number), extent=extent))
+        with problems.collected():
+            name = photographs.find(cells["file"], where) if cells["file"] else None
+            if name is None:
+                source.missing.append(f"{where}: {cells['file'] or 'no file name'}")
+                continue
+            edges = edges_of(four, layout[0], where)
+            patient = tables.patient_id(cells.get("patient", ""))
+            number = tables.box_number(cells.get("number", ""))
+            extent = extent_of(cells.get("photowidth"), cells.get("photoheight"))
+            source.has_labels |= bool(cells.get("label"))
+            source.boxes.append(Box(name, *edges, where, number, cells.get("label", ""), patient, extent))
     return source
 
 
-def _components(path: Path) -> tuple[list[Edges], int, tuple[int, int]]:
-    """The boxes of a mask's components, the number of specks, and the mask's width and height."""
-    from scipy import ndimage
-
-    try:
-        mask = open_mask(path)
-    except ImageError as bad:
-        raise BuilderError(f"the mask {path} cannot be read: {bad.reason}", bad.remedy) from None
-    wound = mask.labels > (127 if mask.lossy else 0)
-    labelled, count = ndimage.label(wound, structure=np.ones((3, 3)))
-    areas = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
-    boxes = [
-        (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-        for (rows, columns), area in zip(ndimage.find_objects(labelled), areas, strict=True)
-        if area >= SPECK
-    ]
-    return boxes, count - len(boxes), (wound.shape[1], wound.shape[0])
-
-
-def _edges(values: list[Any], where: str) -> Edges:
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        numbers = [math.nan]
-    if not all(math.isfinite(number) for number in numbers):
-        raise BuilderError(
-            f"{where}: a box of {', '.join(repr(value) for value in values)}", "its four values must be numbers"
-        )
-    return numbers[0], numbers[1], numbers[2], numbers[3]
+def extent_of(width: Any, height: Any) -> tuple[int, int] | None:
+    """The size of the picture that a box was drawn on, px; None where the source doesn't say it."""
+    sides = [numbers.number(numbers.clean(str(side))) for side in (width, height)]
+    return (round(sides[0]), round(sides[1])) if all(side >= 1 for side in sides) else None

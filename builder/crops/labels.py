@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from builder.crops import tables
 from builder.crops.photographs import Photographs
+from builder.crops.problems import Problems
 from builder.errors import BuilderError
 from builder.phases import ClassTable
 
@@ -47,11 +49,23 @@ class Codes:
 
 @dataclass
 class LabelFile:
-    """What a label CSV says: code by (photograph, box number; '' for all its boxes), and the patients it names."""
+    """What a label CSV says: code by (photograph, box number; '' for all its boxes), and the patients it names.
+
+    usable: False when the table could not be read so far that a missing label means anything. names_patients: it has
+    a patient's column. unclear: roles whose column could not be told. unused: rows of photographs that aren't there.
+    repeated: rows that say what a row above says. refused: places whose label is a mistake that was noted.
+    """
 
     codes: dict[tuple[str, str], str] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
     unused: int = 0
+    repeated: int = 0
+    usable: bool = True
+    names_patients: bool = False
+    unclear: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
+    header: list[str] = field(default_factory=list)
+    refused: set[tuple[str, str]] = field(default_factory=set)
 
     def code(self, photograph: str, number: str) -> str | None:
         """The code of a box; of a box without a number, what all labels of its photograph agree on. None if unknown."""
@@ -59,6 +73,12 @@ class LabelFile:
             return code
         agreed = self._by_photograph.get(photograph, set()) if not number else set()
         return next(iter(agreed)) if len(agreed) == 1 else None
+
+    def is_refused(self, photograph: str, number: str) -> bool:
+        """Whether the missing code of a box was noted as another mistake."""
+        return bool({(photograph, number), (photograph, "")} & self.refused) or (
+            not number and any(place[0] == photograph for place in self.refused)
+        )
 
     @cached_property
     def _by_photograph(self) -> dict[str, set[str]]:
@@ -68,29 +88,67 @@ class LabelFile:
         return found
 
 
-def read_labels(path: Path, photographs: Photographs, codes: Codes) -> LabelFile:
+def read_labels(
+    path: Path,
+    photographs: Photographs,
+    codes: Codes,
+    problems: Problems | None = None,
+    chosen: Mapping[str, str] | None = None,
+) -> LabelFile:
     """Read a CSV of file name and phase, with an optional box number and patient.
 
-    Rows of photographs that aren't there are counted in `unused`. BuilderError for a label that is no class, and for
-    two labels of one box.
+    Args:
+        path: the table.
+        photographs: what its file names are looked up in; rows of others are counted in `unused`.
+        codes: what labels may be.
+        problems: a label that is no class, two labels of one box, two patients of one photograph, and rows that
+            cannot be read are noted there; None raises them at the end, together.
+        chosen: role -> column name, as the user said it.
     """
-    columns = {"file": tables.FILE, "number": tables.NUMBER, "label": tables.LABEL, "patient": tables.PATIENT}
-    labels = LabelFile()
-    for where, cells in tables.read_csv(path, columns, ("file", "label")):
-        photograph = photographs.find(cells["file"], where)
-        if photograph is None:
-            labels.unused += 1
-            continue
-        if cells["label"]:
-            code = codes.require(cells["label"], where)
-            place = (photograph, tables.box_number(cells.get("number", "")))
-            if labels.codes.setdefault(place, code) != code:
-                raise BuilderError(
-                    f"{where}: {cells['file']} has the labels {labels.codes[place]} and {code}", "keep one of them"
-                )
-        patient = tables.patient_id(cells.get("patient", ""))
-        if patient and labels.patients.setdefault(photograph, patient) != patient:
-            raise BuilderError(
-                f"{where}: {cells['file']} belongs to two patients", "a photograph is of one; mend the table"
-            )
+    found = Problems() if problems is None else problems
+    labels = LabelFile(usable=False)
+    with found.collected():
+        table = tables.read_table(path, chosen)
+        places = tables.find_places(table, ("file", "label"), ("number", "patient"), found)
+        labels = LabelFile(
+            usable={"file", "label"} <= places.found.keys(),
+            names_patients="patient" in places.found,
+            unclear=places.unclear,
+            notes=table.notes,
+            header=table.header,
+        )
+        for where, cells in table.rows(places.found, found) if labels.usable else ():
+            with found.collected():
+                _add(labels, where, cells, photographs, codes, found)
+    if problems is None:
+        found.raise_if_any()
     return labels
+
+
+def _add(
+    labels: LabelFile,
+    where: str,
+    cells: dict[str, str],
+    photographs: Photographs,
+    codes: Codes,
+    problems: Problems,
+) -> None:
+    """Take in a row."""
+    photograph = photographs.find(cells["file"], where) if cells["file"] else None
+    if photograph is None:
+        labels.unused += 1
+        return
+    patient = tables.patient_id(cells.get("patient", ""))
+    if patient and labels.patients.setdefault(photograph, patient) != patient:
+        problems.add(f"{where}: {cells['file']} belongs to two patients", "a photograph is of one; mend the table")
+    if cells["label"]:
+        place = (photograph, tables.box_number(cells.get("number", "")))
+        labels.refused.add(place)
+        code = codes.require(cells["label"], where)
+        labels.refused.discard(place)
+        if place in labels.codes and labels.codes[place] != code:
+            raise BuilderError(
+                f"{where}: {cells['file']} has the labels {labels.codes[place]} and {code}", "keep one of them"
+            )
+        labels.repeated += place in labels.codes
+        labels.codes[place] = code

@@ -50,11 +50,13 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
     info = {"name": dataset.name, **_info(request, key, inputs)}
     with exclusive(dataset):
         if dataset.exists() and (existing := _existing(dataset, inputs)):
+            existing.details = plan.details
             return existing
         with all_or_nothing(dataset):
             dataset.write_info({**info, "state": "partial", "count": 0})
             summary = _write(request, dataset, plan, patients, splits, key, progress)
             dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
+    summary.details = plan.details
     return summary
 
 
@@ -142,7 +144,7 @@ def _write(
     key: PatientKey,
     progress: bool,
 ) -> PackSummary:
-    tally = Tally(request.classes.codes)
+    tally = Tally(request.classes.codes, request.model_size)
     photographs = set()
     total = sum(len(planned) for planned in plan.crops.values())
     bar = tqdm(total=total, desc=f"packing {dataset.name}", unit="crop", disable=not progress)

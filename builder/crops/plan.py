@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,11 +11,16 @@ from typing import Literal
 from tqdm import tqdm
 
 from builder.config import CropsConfig
-from builder.crops.boxes import Box, BoxSource, read_boxes
-from builder.crops.cut import BadPhotographError, Edges, box_fault, clip, photograph_size
+from builder.crops.boxes import Box, BoxSource, exists, read_boxes
+from builder.crops.columns import require_known_columns
+from builder.crops.cut import BadPhotographError, Edges, clip, photograph_size
+from builder.crops.duplicates import drop_repeated_boxes, identical_files, join_copies
 from builder.crops.labels import Codes, LabelFile, read_labels
 from builder.crops.patients import photograph_group
-from builder.crops.photographs import Photographs
+from builder.crops.photographs import Photographs, is_folder
+from builder.crops.plausibility import fault_of
+from builder.crops.problems import Problems
+from builder.crops.units import Unit, boxes_in_pixels
 from builder.errors import BuilderError
 from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import HEALING_PHASES, ClassTable
@@ -28,12 +34,17 @@ class PackRequest:
     boxes: CSV, COCO JSON or folder of masks; None only together with `without_box`.
     labels: CSV of phases; None: the box file's labels, else the folders that the photographs lie in, else (a table
         of one class) that class.
+    box_units: of the boxes' numbers; None for pixels, with a refusal where they look like something else.
+    columns: role (see columns.ROLES) -> the name of its column, or 'none'; where names alone don't tell.
+    categories: names of the COCO categories that are wounds; empty for all.
+    inverted_masks: in masks, wounds are black.
     without_box: what to do with a photograph without a box: None is an error, 'skip' leaves it out, 'whole' takes
         the largest square in its middle.
     skip_bad: leave out and count unreadable photographs and unusable boxes, rather than stop at the first.
     freeze_size: scale every crop to this side, px; None keeps native resolution up to crops.max_size.
     group_by: stands in for unknown patients: 'photograph', or a regular expression on the file name.
     key, key_file: the secret of the patients' hashes; see patients.find_key.
+    model_size: px of the model that the crops are meant for; crops under half of it are counted. None counts none.
     licence: under which the data may be used; recorded.
     max_pixels: photographs and masks of more pixels are refused.
     """
@@ -43,6 +54,10 @@ class PackRequest:
     labels: Path | None = None
     classes: ClassTable = HEALING_PHASES
     crops: CropsConfig = field(default_factory=CropsConfig)
+    box_units: Unit | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    categories: tuple[str, ...] = ()
+    inverted_masks: bool = False
     without_box: Literal["skip", "whole"] | None = None
     skip_bad: bool = False
     freeze_size: int | None = None
@@ -50,6 +65,7 @@ class PackRequest:
     key: bytes | None = None
     key_file: Path | None = None
     images_per_shard: int = 200
+    model_size: int | None = None
     config_name: str = "default"
     licence: str = "not stated"
     max_pixels: int = DEFAULT_MAX_PIXELS
@@ -75,66 +91,64 @@ class PlannedCrop:
 
 @dataclass
 class Plan:
-    """Crops by photograph, the patient (as written, not yet hashed) of each photograph, and what was left out."""
+    """Crops by photograph, the patient (as written, not yet hashed) of each photograph, and what was left out.
+
+    details: what the user should see and check, with names of files and folders; only printed, never stored.
+    """
 
     photographs: Photographs
     crops: dict[str, list[PlannedCrop]] = field(default_factory=dict)
     patients: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
 
 
 def make_plan(request: PackRequest, progress: bool = True) -> Plan:
     """Check all input and decide what is cut; only the headers of the photographs are read.
 
-    Raises BuilderError at the first thing that is wrong, naming the photograph or the line.
+    Raises:
+        BuilderError: the input has mistakes; all that were found, each with its photograph or line.
     """
-    masks = request.boxes if request.boxes is not None and request.boxes.is_dir() else None
-    photographs = Photographs(request.photographs, exclude=masks)
+    problems = Problems()
+    photographs = _photographs(request, problems)
     codes = Codes(request.classes)
-    labels = read_labels(request.labels, photographs, codes) if request.labels is not None else None
-    source = BoxSource()
-    if request.boxes is not None:
-        source = read_boxes(request.boxes, photographs, lambda text: codes.get(text) is not None)
-    elif request.without_box != "whole":
-        raise BuilderError(
-            "no boxes are given",
-            "give --boxes (a CSV, a COCO JSON file or a folder of masks), or say --without-box whole",
-        )
+    labels = None
+    if request.labels is not None:
+        labels = read_labels(request.labels, photographs, codes, problems, request.columns)
+    source = _source(request, photographs, codes, problems)
+    require_known_columns(request.columns, [source.header, labels.header if labels else []], problems)
     plan = Plan(photographs)
-    _count_unused(plan, request, source, labels)
+    _note_passed_over(plan, source, labels)
+    sizes = _sizes(plan, request, problems, progress)
+    _count_unused(plan, request, source, labels, problems)
+    copies = identical_files({name: photographs.path(name) for name in sizes})
     boxes: dict[str, list[Box]] = defaultdict(list)
-    for box in source.boxes:
+    for box in boxes_in_pixels(source, sizes, request.box_units, request.boxes, problems):
         boxes[box.photograph].append(box)
-    stand_ins = 0
-    for name in tqdm(photographs.names, desc="checking", unit="photograph", disable=not progress, leave=False):
-        try:
-            width, height = photograph_size(photographs.path(name), max_pixels=request.max_pixels)
-        except BadPhotographError:
-            if not request.skip_bad:
-                raise
-            plan.skipped["unreadable photographs, left out"] += 1
-            continue
-        chosen = _choose(plan, request, name, boxes[name], width, height)
-        if chosen:
-            plan.crops[name] = [
-                PlannedCrop(
-                    clip((box.xmin, box.ymin, box.xmax, box.ymax), width, height) if box else None,
-                    _phase(request, photographs, codes, labels, source, name, box),
-                )
-                for box in chosen
-            ]
-            known = _patient(photographs, name, boxes[name], labels)
-            plan.patients[name] = known or _stand_in(request, photographs, name)
-            stand_ins += known is None
-    if stand_ins:
-        plan.notes.append(
-            f"patients unknown: {stand_ins} photographs are grouped by {request.group_by}; "
-            "near-copies may be in two splits"
-        )
-    elif request.group_by is not None:
-        plan.notes.append("--group-by was not needed: the patients stand in the tables")
-    require_all_phases(request.classes, Counter(crop.phase for crops in plan.crops.values() for crop in crops))
+    judged = len(problems)  # mistakes so far: of the input as a whole, or of single rows
+    usable = source.usable and (bool(boxes) or not source.boxes)
+    ask = _Asked(request, photographs, codes, labels, source)
+    stand_ins: set[str] = set()
+    for name, size in sizes.items() if usable else ():
+        crops = []
+        for chosen in _choose(plan, request, source, name, boxes[name], size, problems):
+            with problems.collected():
+                if (phase := ask.phase(name, chosen)) is not None:
+                    crops.append(PlannedCrop(clip(chosen.edges, *size) if chosen else None, phase))
+        with problems.collected():
+            if crops:
+                plan.crops[name] = crops
+                known = ask.patient(name, boxes[name])
+                if known is None:
+                    stand_ins.add(name)
+                plan.patients[name] = known or ask.stand_in(name)
+    drop_repeated_boxes(plan, copies, problems)
+    join_copies(plan, copies, stand_ins, request.group_by, problems)
+    _note_patients(plan, request, stand_ins)
+    if not judged and not problems:
+        require_all_phases(request.classes, Counter(crop.phase for crops in plan.crops.values() for crop in crops))
+    problems.raise_if_any()
     return plan
 
 
@@ -149,26 +163,117 @@ def require_all_phases(classes: ClassTable, counts: Counter[str]) -> None:
         )
 
 
-def _count_unused(plan: Plan, request: PackRequest, source: BoxSource, labels: LabelFile | None) -> None:
-    if source.missing and not request.skip_bad:
-        more = f" and {len(source.missing) - 1} more" if len(source.missing) > 1 else ""
-        raise BuilderError(
-            f"a box belongs to a photograph that is not in {request.photographs}: {source.missing[0]}{more}",
-            "add the photographs, or leave such boxes out with --skip-bad",
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _photographs(request: PackRequest, problems: Problems) -> Photographs:
+    """The photographs; without any, nothing else can be judged but whether the other files are there."""
+    masks = request.boxes if request.boxes is not None and is_folder(request.boxes) else None
+    try:
+        return Photographs(request.photographs, exclude=masks)
+    except BuilderError as error:
+        problems.add_error(error)
+        for path in (request.boxes, request.labels):
+            if path is not None and not exists(path):
+                problems.add(f"there is no file {path}", "check the path")
+        problems.raise_if_any()
+        raise
+
+
+def _source(request: PackRequest, photographs: Photographs, codes: Codes, problems: Problems) -> BoxSource:
+    if request.boxes is not None:
+        return read_boxes(
+            request.boxes,
+            photographs,
+            lambda text: codes.get(text) is not None,
+            problems=problems,
+            chosen=request.columns,
+            categories=request.categories,
+            has_label_file=request.labels is not None,
+            inverted_masks=request.inverted_masks,
         )
+    if request.without_box != "whole":
+        problems.add(
+            "no boxes are given",
+            "give --boxes (a CSV, a COCO JSON file or a folder of masks), or say --without-box whole",
+        )
+        return BoxSource(usable=False)
+    return BoxSource()
+
+
+def _sizes(plan: Plan, request: PackRequest, problems: Problems, progress: bool) -> dict[str, tuple[int, int]]:
+    """Width and height (px) of every photograph that can be read."""
+    sizes: dict[str, tuple[int, int]] = {}
+    names = plan.photographs.names
+    for name in tqdm(names, desc="checking", unit="photograph", disable=not progress, leave=False):
+        try:
+            sizes[name] = photograph_size(plan.photographs.path(name))
+        except BadPhotographError as error:
+            if request.skip_bad:
+                plan.skipped["unreadable photographs, left out"] += 1
+            else:
+                problems.add_error(error)
+    return sizes
+
+
+# -- what is said -----------------------------------------------------------------------------------------------------
+
+
+def _note_passed_over(plan: Plan, source: BoxSource, labels: LabelFile | None) -> None:
+    plan.details += [*source.notes, *(labels.notes if labels else [])]
+    for listing, kind in ((plan.photographs.listing, "photographs"), (source.passed_over, "masks")):
+        for what, (count, names) in listing.passed_over(kind).items() if listing else ():
+            if count:
+                plan.skipped[what] += count
+                plan.details.append(f"{what}: {names}")
+
+
+def _count_unused(
+    plan: Plan, request: PackRequest, source: BoxSource, labels: LabelFile | None, problems: Problems
+) -> None:
+    if not request.skip_bad:
+        for missing in source.missing:
+            problems.add(
+                f"a box belongs to a photograph that is not in {request.photographs}: {missing}",
+                "add the photographs, or leave such boxes out with --skip-bad",
+            )
     plan.skipped["boxes without a photograph, left out"] = len(source.missing)
-    plan.skipped["specks in masks, left out"] = source.specks
+    plan.skipped.update(source.left_out)
     plan.skipped["labels without a photograph, not used"] = labels.unused if labels else 0
+    plan.skipped["rows of labels that repeat another row"] = labels.repeated if labels else 0
 
 
-def _choose(plan: Plan, request: PackRequest, name: str, boxes: list[Box], width: int, height: int) -> list[Box | None]:
+def _note_patients(plan: Plan, request: PackRequest, stand_ins: set[str]) -> None:
+    if stand_ins:
+        plan.notes.append(
+            f"patients unknown: {len(stand_ins)} photographs are grouped by {request.group_by}; "
+            "near-copies may be in two splits"
+        )
+    elif request.group_by is not None:
+        plan.notes.append("--group-by was not needed: the patients stand in the tables")
+
+
+# -- one photograph ---------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    plan: Plan,
+    request: PackRequest,
+    source: BoxSource,
+    name: str,
+    boxes: list[Box],
+    size: tuple[int, int],
+    problems: Problems,
+) -> list[Box | None]:
     """The boxes of a photograph that can be cut; [None] stands for its middle."""
     if not boxes:
         if request.without_box is None:
-            raise BuilderError(
-                f"the photograph {plan.photographs.path(name)} has no box",
+            mask = "; its mask marks no wound" if name in source.empty else ""
+            problems.add(
+                f"the photograph {plan.photographs.path(name)} has no box{mask}",
                 "add one, or say --without-box skip (leave such photographs out) or --without-box whole (their middle)",
             )
+            return []
         if request.without_box == "skip":
             plan.skipped["photographs without a box, left out"] += 1
             return []
@@ -176,72 +281,79 @@ def _choose(plan: Plan, request: PackRequest, name: str, boxes: list[Box], width
         return [None]
     chosen: list[Box | None] = []
     for box in boxes:
-        fault = box_fault((box.xmin, box.ymin, box.xmax, box.ymax), width, height)
-        if fault is None and box.extent not in (None, (width, height)):
-            drawn_on = " x ".join(str(side) for side in box.extent or ())
-            fault = (
-                f"the box was drawn on {drawn_on} px, the photograph has {width} x {height} (EXIF orientation applied)"
-            )
+        fault = fault_of(box, size, in_pixels=request.box_units in (None, "pixel"))
         if fault is None:
             chosen.append(box)
         elif request.skip_bad:
             plan.skipped["unusable boxes, left out"] += 1
         else:
-            raise BuilderError(
-                f"{box.where}: {fault} ({name})", "mend the box, or leave such boxes out with --skip-bad"
-            )
+            problems.add(f"{box.where}: {fault} ({name})", "mend the box, or leave such boxes out with --skip-bad")
     return chosen
 
 
-def _phase(
-    request: PackRequest,
-    photographs: Photographs,
-    codes: Codes,
-    labels: LabelFile | None,
-    source: BoxSource,
-    name: str,
-    box: Box | None,
-) -> str:
-    described = f"{photographs.path(name)}" + (f" ({box.where})" if box else "")
-    if labels is not None:
-        code = labels.code(name, box.number if box else "")
-        if code is None:
-            raise BuilderError(f"no label for {described} in {request.labels}", "add a row for it")
-        return code
-    if source.has_labels and box is not None:
-        if not box.label:
-            raise BuilderError(f"no label for {described}", "fill its cell, or give the labels with --labels")
-        return codes.require(box.label, box.where)
-    code = codes.of_folder(name)
-    if code is not None:
-        return code
-    if len(request.classes) == 1:
-        return request.classes.codes[0]
-    if "/" in name:
-        return codes.require(name.split("/")[-2], f"the folder of {photographs.path(name)}")
-    raise BuilderError(
-        f"no label for {described}", "sort the photographs into folders named by phase, or give --labels"
-    )
+@dataclass(frozen=True)
+class _Asked:
+    """What the tables and folders say of a photograph."""
 
+    request: PackRequest
+    photographs: Photographs
+    codes: Codes
+    labels: LabelFile | None
+    source: BoxSource
 
-def _patient(photographs: Photographs, name: str, boxes: list[Box], labels: LabelFile | None) -> str | None:
-    """The patient that the box file or the label file names, or None."""
-    known = {box.patient for box in boxes if box.patient}
-    if labels is not None and name in labels.patients:
-        known.add(labels.patients[name])
-    if len(known) > 1:
-        listed = ", ".join(sorted(known))
+    def phase(self, name: str, box: Box | None) -> str | None:
+        """The phase of a box (None: of the photograph); None where its lack was noted as another mistake."""
+        labels, codes = self.labels, self.codes
+        described = f"{self.photographs.path(name)}" + (f" ({box.where})" if box else "")
+        if labels is not None:
+            number = box.number if box else ""
+            code = labels.code(name, number)
+            if code is None and labels.usable and not labels.is_refused(name, number):
+                raise BuilderError(f"no label for {described} in {self.request.labels}", "add a row for it")
+            return code
+        if "label" in self.source.unclear:
+            return None
+        if self.source.has_labels and box is not None:
+            if not box.label:
+                raise BuilderError(f"no label for {described}", "fill its cell, or give the labels with --labels")
+            return codes.require(box.label, box.where)
+        code = codes.of_folder(name)
+        if code is not None:
+            return code
+        if len(self.request.classes) == 1:
+            return self.request.classes.codes[0]
+        if "/" in name:
+            return codes.require(name.split("/")[-2], f"the folder of {self.photographs.path(name)}")
         raise BuilderError(
-            f"the photograph {photographs.path(name)} belongs to several patients: {listed}", "mend the tables"
+            f"no label for {described}", "sort the photographs into folders named by phase, or give --labels"
         )
-    return known.pop() if known else None
 
+    def patient(self, name: str, boxes: list[Box]) -> str | None:
+        """The patient that the box file or the label file names, or None."""
+        known = {box.patient for box in boxes if box.patient}
+        if self.labels is not None and name in self.labels.patients:
+            known.add(self.labels.patients[name])
+        if len(known) > 1:
+            listed = ", ".join(sorted(known))
+            raise BuilderError(
+                f"the photograph {self.photographs.path(name)} belongs to several patients: {listed}", "mend the tables"
+            )
+        return known.pop() if known else None
 
-def _stand_in(request: PackRequest, photographs: Photographs, name: str) -> str:
-    if request.group_by is None:
+    def stand_in(self, name: str) -> str:
+        """What stands for the unknown patient of a photograph."""
+        request = self.request
+        if request.group_by is not None:
+            return photograph_group(name, request.group_by)
+        if "patient" in self.source.unclear or (self.labels is not None and "patient" in self.labels.unclear):
+            return ""  # which column it is was noted as a mistake already
+        if self.source.names_patients or (self.labels is not None and self.labels.names_patients):
+            raise BuilderError(
+                f"the patient of {self.photographs.path(name)} is unknown: no row of it names one",
+                "fill the patient's column; or say what stands in where it is empty: --group-by REGEX on the file name",
+            )
         raise BuilderError(
-            f"the patient of {photographs.path(name)} is unknown",
+            f"the patient of {self.photographs.path(name)} is unknown",
             "add a patient column, or say what stands in for patients: --group-by photograph, "
             "or --group-by REGEX on the file name",
         )
-    return photograph_group(name, request.group_by)

@@ -19,7 +19,8 @@ class PackSummary:
 
     crops: phase -> split -> crops; patients: split -> patients; phase_patients: phase -> patients; photographs: those
     that gave a crop; box_sides: quantile (%) -> longer side of the boxes, px in the photograph; crop_sides: the same
-    of the stored crops; skipped: what was left out or taken otherwise -> how often; notes: what the user should know.
+    of the stored crops; skipped: what was left out or taken otherwise -> how often; notes: what the user should know;
+    details: the same with names of files, printed only, because such names must not leave the site.
     """
 
     dataset: str
@@ -31,13 +32,15 @@ class PackSummary:
     crop_sides: dict[str, float]
     skipped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
 
     @property
     def count(self) -> int:
         return sum(sum(row.values()) for row in self.crops.values())
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What dataset.json keeps of it: all but the details."""
+        return {name: value for name, value in asdict(self).items() if name != "details"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackSummary:
@@ -65,13 +68,19 @@ class PackSummary:
             if sides:
                 lines.append(f"{title}, px: " + ", ".join(f"{q} % {side:.0f}" for q, side in sides.items()))
         lines += [f"{what}: {count}" for what, count in self.skipped.items()]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines + [f"  {detail}" for detail in self.details])
 
 
 class Tally:
-    """Collects the rows of a pack as they are written."""
+    """Collects the rows of a pack as they are written.
 
-    def __init__(self, phases: tuple[str, ...]) -> None:
+    `model_size` (px) is that of the model that the crops are meant for; None where it isn't known.
+    """
+
+    def __init__(self, phases: tuple[str, ...], model_size: int | None = None) -> None:
+        self.model_size = model_size
+        self.small = 0  # crops whose side in the photograph is under half of it
         self.crops = {phase: dict.fromkeys(SPLITS, 0) for phase in phases}
         self.patients: dict[str, set[str]] = {split: set() for split in SPLITS}
         self.phase_patients: dict[str, set[str]] = {phase: set() for phase in phases}
@@ -84,6 +93,7 @@ class Tally:
         self.patients[row["split"]].add(row["patient"])
         self.phase_patients[row["phase"]].add(row["patient"])
         self.crop_sides.append(row["width"])
+        self.small += self.model_size is not None and 2 * min(row["original_size"]) < self.model_size
         if box_side is not None:
             self.box_sides.append(box_side)
 
@@ -92,12 +102,17 @@ class Tally:
         return Counter({phase: sum(row.values()) for phase, row in self.crops.items()})
 
     def summary(self, dataset: str, photographs: int, skipped: Counter[str], notes: list[str]) -> PackSummary:
-        gaps = [
+        remarks = [
             f"phase {phase} is not in {split} ({len(self.phase_patients[phase])} patients)"
             for phase, row in self.crops.items()
             for split, crops in row.items()
             if not crops
         ]
+        if self.small:
+            remarks.append(
+                f"{self.small} of {len(self.crop_sides)} crops are smaller than half of the model's "
+                f"{self.model_size} px (train.size of the config): training scales them up more than twice"
+            )
         return PackSummary(
             dataset=dataset,
             crops=self.crops,
@@ -107,7 +122,7 @@ class Tally:
             box_sides=_quantiles(self.box_sides),
             crop_sides=_quantiles(self.crop_sides),
             skipped={what: count for what, count in skipped.items() if count},
-            notes=notes + gaps,
+            notes=notes + remarks,
         )
 
 

@@ -154,8 +154,7 @@ def patients_of(file: Path, key: PatientKey, base: Checkpoint) -> Lineage:
 
     Raises BuilderError when the table has no patient, or the base's patients are hashed with another key.
     """
-    rows = tables.read_csv(file, {"patient": tables.PATIENT}, ("patient",))
-    patients = {key.hash(tables.patient_id(cells["patient"])) for _, cells in rows if cells["patient"]}
+    patients = {key.hash(tables.patient_id(patient)) for patient in tables.read_column(file, "patient")}
     if not patients:
         raise BuilderError(f"{file} names no patient", "write one patient a line under the header 'patient'")
     if base.lineage.patients and base.lineage.key_fingerprint != key.fingerprint:
