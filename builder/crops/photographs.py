@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from builder.crops.listing import list_images
 from builder.errors import BuilderError
+from builder.images import SUFFIXES
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
+HEIF = frozenset({".heic", ".heif", ".hif"})
 OLD_ENCODINGS = ("cp1252", "cp850", "mac_roman")  # of file names that zips from other systems leave behind
 
 
@@ -33,14 +35,14 @@ class Photographs:
                 f"the folder of masks {exclude} holds the {kind} {root}", "keep masks in a folder of their own"
             )
         self.root = root
-        self.listing = list_images(root, SUFFIXES, exclude)
+        self.listing = list_images(root, readable_suffixes(), exclude)
         self.names = self.listing.images
         if not self.names:
             passed = self.listing.passed_over(kind)
             there = "; ".join(f"{what}: {names}" for what, (count, names) in passed.items() if count)
             raise BuilderError(
                 f"no {kind} found in {root}" + (f" ({there})" if there else ""),
-                f"its files must end in {', '.join(sorted(SUFFIXES))}",
+                f"its files must end in {', '.join(sorted(readable_suffixes()))}",
             )
         self._indices: dict[int, dict[str, list[tuple[str, str]]]] = {}
 
@@ -79,6 +81,17 @@ class Photographs:
                     index[path.rpartition("/")[2]].append((path, name))
             self._indices[step] = index
         return self._indices[step]
+
+
+def readable_suffixes() -> frozenset[str]:
+    """Endings of the files that are taken for pictures; HEIC's only where the library that reads it is installed."""
+    return SUFFIXES if importlib.util.find_spec("pillow_heif") else SUFFIXES - HEIF
+
+
+def heif_remedy(suffixes: Iterable[str]) -> str:
+    """What to do about HEIC files that were passed over; '' where none is among `suffixes`."""
+    passed = {suffix.lower() for suffix in suffixes} & (HEIF - readable_suffixes())
+    return f"to read {', '.join(sorted(passed))}, install pillow-heif, or save them as JPEG" if passed else ""
 
 
 def is_folder(path: Path) -> bool:

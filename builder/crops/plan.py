@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from builder.crops.cut import BadPhotographError, Edges, clip, photograph_size
 from builder.crops.duplicates import drop_repeated_boxes, identical_files, join_copies
 from builder.crops.labels import Codes, LabelFile, read_labels
 from builder.crops.patients import photograph_group
-from builder.crops.photographs import Photographs, is_folder
+from builder.crops.photographs import Photographs, heif_remedy, is_folder
 from builder.crops.plausibility import fault_of
 from builder.crops.problems import Problems
 from builder.crops.units import Unit, boxes_in_pixels
@@ -226,16 +226,19 @@ def _note_passed_over(plan: Plan, source: BoxSource, labels: LabelFile | None) -
             if count:
                 plan.skipped[what] += count
                 plan.details.append(f"{what}: {names}")
+        if listing and (remedy := heif_remedy(listing.unread)):
+            plan.details.append(remedy)
 
 
 def _count_unused(
     plan: Plan, request: PackRequest, source: BoxSource, labels: LabelFile | None, problems: Problems
 ) -> None:
     if not request.skip_bad:
+        heif = heif_remedy(PurePosixPath(missing).suffix for missing in source.missing)
         for missing in source.missing:
             problems.add(
                 f"a box belongs to a photograph that is not in {request.photographs}: {missing}",
-                "add the photographs, or leave such boxes out with --skip-bad",
+                "add the photographs, or leave such boxes out with --skip-bad" + (f"; {heif}" if heif else ""),
             )
     plan.skipped["boxes without a photograph, left out"] = len(source.missing)
     plan.skipped.update(source.left_out)

@@ -176,7 +176,9 @@ def find_places(table: Table, required: Sequence[str], optional: Sequence[str], 
     return Places(found, frozenset(unclear))
 
 
-_PLAIN = frozenset({"filename", "image", "boundingboxnumber", "phase", "class"})  # the usual names, of which nothing needs to be said
+_PLAIN = frozenset(
+    {"filename", "image", "boundingboxnumber", "phase", "class"}
+)  # the usual names, of which nothing needs to be said
 
 
 def box_number(text: str) -> str:
