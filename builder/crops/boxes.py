@@ -15,7 +15,7 @@ from builder.crops.listing import Listing
 from builder.crops.photographs import Photographs, is_folder
 from builder.crops.problems import Problems
 from builder.errors import BuilderError
-from builder.images import ImageError, open_mask
+from builder.images import DEFAULT_MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def read_boxes(
     categories: Sequence[str] = (),
     has_label_file: bool = False,
     inverted_masks: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> BoxSource:
     """Read boxes: a folder holds masks, a `.json` file is COCO, anything else a CSV.
 
@@ -93,6 +94,7 @@ def read_boxes(
         categories: names of the COCO categories that are wounds; empty for all.
         has_label_file: phases come from another table, so the box source needs none.
         inverted_masks: in masks, wounds are black.
+        max_pixels: masks of more pixels are refused.
     """
     from builder.crops.coco import read_coco
     from builder.crops.masks import read_masks
@@ -106,7 +108,7 @@ def read_boxes(
                 "check the path; crops are never cut from whole photographs silently",
             )
         if is_folder(path):
-            source = read_masks(path, photographs, found, inverted=inverted_masks)
+            source = read_masks(path, photographs, found, inverted=inverted_masks, max_pixels=max_pixels)
         elif path.suffix.lower() == ".json":
             source = read_coco(path, photographs, is_label, found, chosen, categories, has_label_file)
         else:

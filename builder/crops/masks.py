@@ -17,7 +17,7 @@ from builder.crops.layouts import Edges
 from builder.crops.photographs import Photographs, without_suffix
 from builder.crops.problems import Problems
 from builder.errors import BuilderError
-from builder.images import ImageError, Mask, open_mask
+from builder.images import DEFAULT_MAX_PIXELS, ImageError, Mask, open_mask
 
 SPECK = 16  # px; smaller components of a mask are slips of the pen
 THIN = 4  # px; so are those with a shorter side
@@ -46,7 +46,12 @@ class Components:
 
 
 def read_masks(
-    folder: Path, photographs: Photographs, problems: Problems, *, inverted: bool = False, max_pixels: int | None = None
+    folder: Path,
+    photographs: Photographs,
+    problems: Problems,
+    *,
+    inverted: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> BoxSource:
     """Masks named like their photographs (`a.png` or `a_mask.png` for `a.jpg`).
 
@@ -55,7 +60,7 @@ def read_masks(
         photographs: what their names are looked up in.
         problems: masks that cannot be used are noted there.
         inverted: the wounds are 0, and everything else is not.
-        max_pixels: larger masks are refused; None for the limit of builder.images.
+        max_pixels: masks of more pixels are refused.
     """
     masks = Photographs(folder, kind="masks")
     source = BoxSource(in_pixels=True)
@@ -81,7 +86,7 @@ def read_masks(
     return source
 
 
-def components_of(path: Path, *, inverted: bool = False, max_pixels: int | None = None) -> Components:
+def components_of(path: Path, *, inverted: bool = False, max_pixels: int = DEFAULT_MAX_PIXELS) -> Components:
     """A box around each connected component (8 neighbours) of a mask that is no speck.
 
     Raises:
@@ -90,7 +95,7 @@ def components_of(path: Path, *, inverted: bool = False, max_pixels: int | None 
     from scipy import ndimage
 
     try:
-        mask = open_mask(path) if max_pixels is None else open_mask(path, max_pixels=max_pixels)
+        mask = open_mask(path, max_pixels=max_pixels)
     except ImageError as error:
         raise BuilderError(f"the mask {path} cannot be read: {error.reason}", error.remedy) from None
     try:

@@ -191,6 +191,7 @@ def _source(request: PackRequest, photographs: Photographs, codes: Codes, proble
             categories=request.categories,
             has_label_file=request.labels is not None,
             inverted_masks=request.inverted_masks,
+            max_pixels=request.max_pixels,
         )
     if request.without_box != "whole":
         problems.add(
@@ -207,7 +208,7 @@ def _sizes(plan: Plan, request: PackRequest, problems: Problems, progress: bool)
     names = plan.photographs.names
     for name in tqdm(names, desc="checking", unit="photograph", disable=not progress, leave=False):
         try:
-            sizes[name] = photograph_size(plan.photographs.path(name))
+            sizes[name] = photograph_size(plan.photographs.path(name), max_pixels=request.max_pixels)
         except BadPhotographError as error:
             if request.skip_bad:
                 plan.skipped["unreadable photographs, left out"] += 1
