@@ -298,7 +298,7 @@ def test_nothing_is_rotated_and_colours_stay(tmp_path: Path) -> None:
 def test_views_drawn_ahead_keep_their_latents_and_framing_together(tmp_path: Path) -> None:
     """What is cached for a view is what the autoencoder makes of that very view; and it is drawn as often as others."""
     views, _ = boxed(tmp_path)
-    ahead = DrawnAhead(views, 3, seed=0)
+    ahead = DrawnAhead(views, 3, seed=0).encode()
     chosen = [
         view
         for step in range(20)
@@ -311,7 +311,7 @@ def test_views_drawn_ahead_keep_their_latents_and_framing_together(tmp_path: Pat
     for cached, fresh in zip(ahead.latents(few), views.latents(few), strict=True):
         assert torch.allclose(cached, fresh, atol=1e-5)
     assert ahead.framing(few) == views.framing(few) and torch.equal(ahead.pixels(few), views.pixels(few))
-    again = DrawnAhead(views, 3, seed=0)
+    again = DrawnAhead(views, 3, seed=0).encode()
     assert again.drawn == ahead.drawn and DrawnAhead(views, 3, seed=1).drawn != ahead.drawn
 
 

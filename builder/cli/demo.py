@@ -8,6 +8,8 @@ import click
 
 from builder.cli.options import out_option
 
+LAST_SEED = 999_999  # those from a million on are the base's (builder.demo.base_dataset)
+
 
 @click.group()
 def demo() -> None:
@@ -17,7 +19,7 @@ def demo() -> None:
 @demo.command()
 @click.argument("out", type=click.Path(file_okay=False))
 @click.option("--patients", type=click.IntRange(1), default=233, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, LAST_SEED), default=0, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
 @click.option("--stock", is_flag=True, help="In the styles of picture libraries; see configs/stock.yaml.")
 def photographs(out: str, patients: int, seed: int, workers: int, stock: bool) -> None:
@@ -29,7 +31,7 @@ def photographs(out: str, patients: int, seed: int, workers: int, stock: bool) -
 
 @demo.command()
 @click.option("--patients", type=click.IntRange(1), default=233, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, LAST_SEED), default=0, show_default=True)
 @click.option("--name", default="phantom", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
 @out_option
@@ -49,4 +51,17 @@ def stock(workers: int, out: str) -> None:
     from builder.demo.phantom_dataset import ensure_stock
 
     dataset = ensure_stock(out, workers=workers)
+    click.echo(f"dataset '{dataset.name}' is complete: {dataset.info['count']:,} crops")
+
+
+@demo.command()
+@click.option("--patients", type=click.IntRange(2), default=3000, show_default=True)
+@click.option("--name", default="base", show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes that render.")
+@out_option
+def base(patients: int, name: str, workers: int, out: str) -> None:
+    """Render crops without phases: what the base is pretrained on (configs/base.yaml)."""
+    from builder.demo.base_dataset import ensure_base
+
+    dataset = ensure_base(out, name, patients=patients, workers=workers)
     click.echo(f"dataset '{dataset.name}' is complete: {dataset.info['count']:,} crops")

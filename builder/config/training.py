@@ -68,6 +68,9 @@ class VaeTrainConfig:
     )
     warmup_steps: Whole = Field(default=100, ge=0, le=MOST, description="Steps of linear warm-up.")
     ema_decay: Real = Field(default=0.995, ge=0, lt=1, description="Decay of the average of weights, per step.")
+    views: Flag = Field(
+        default=False, description="Learn from the denoiser's views (train.cached_views) instead of whole crops."
+    )
     autocast: Flag = Field(default=False, description="bfloat16 arithmetic on the CPU too; a GPU always uses it.")
     perceptual_weight: Real = Field(
         default=0.0,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from builder.config import load_config
 from builder.crops.pack import PackRequest, pack
+from builder.demo.base_dataset import BASE, ensure_base
 from builder.demo.phantom import write_photographs
 from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
@@ -19,8 +20,8 @@ LICENCE = "phantom, CC0"
 
 
 def ensure_demo(name: str, root: str) -> Dataset | None:
-    """The dataset `phantom` or `stock` under an output root, made if it isn't there; None for any other name."""
-    makers = {PHANTOM: ensure_phantom, STOCK: ensure_stock}
+    """The dataset `phantom`, `stock` or `base` under an output root, made if it isn't there; None for other names."""
+    makers = {PHANTOM: ensure_phantom, STOCK: ensure_stock, BASE: ensure_base}
     return makers[name](root) if name in makers else None
 
 

@@ -88,15 +88,31 @@ class CropSampler:
 
     def batch(self, step: int, size: int) -> Tensor:
         """The crops of step `step` (from 0) at batch size `size`: int64 [size]."""
-        return torch.stack([self._at(position) for position in range(step * size, (step + 1) * size)])
+        count = len(self.groups)
+        chosen = torch.empty(size, dtype=torch.int64)
+        for group in range(count):
+            first = (group - step * size) % count  # place in the batch where this group's turn comes first
+            places = torch.arange(first, size, count)
+            chosen[places] = self._turns(group, (step * size + first) // count, len(places))
+        return chosen
 
-    def _at(self, position: int) -> Tensor:
-        turn, group = divmod(position, len(self.groups))
-        number, place = divmod(turn, len(self.groups[group]))
+    def _turns(self, group: int, first: int, turns: int) -> Tensor:
+        """The crops of a group at turns `first`, `first` + 1, ...: int64 [turns]."""
+        length = len(self.groups[group])
+        parts = []
+        while turns > 0:
+            number, place = divmod(first, length)
+            part = self._order(group, number)[place : place + turns]
+            parts.append(part)
+            first, turns = first + len(part), turns - len(part)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+    def _order(self, group: int, number: int) -> Tensor:
+        """The order of pass `number` through a group."""
         if self._passes.get(group, (-1,))[0] != number:
             order = torch.randperm(len(self.groups[group]), generator=step_generator(self.seed, "pass", group, number))
             self._passes[group] = (number, self.groups[group][order])
-        return self._passes[group][1][place]
+        return self._passes[group][1]
 
 
 def step_seed(seed: int, *names: object) -> int:

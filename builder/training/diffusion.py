@@ -91,15 +91,16 @@ class DiffusionObjective:
 
     def losses(self, step: int, part: range) -> dict[str, Tensor]:
         drawn = self._drawn(step).part(part)
-        mean, std = self.views.latents(drawn.views)
-        clean = (mean + std * drawn.posterior) * self.scale
-        signal = self.alpha_bar[drawn.time].sqrt()[:, None, None, None]
-        sigma = (1 - self.alpha_bar[drawn.time]).sqrt()[:, None, None, None]
-        noisy = signal * clean + sigma * drawn.noise
-        target = (drawn.noise if self.prediction == "epsilon" else signal * drawn.noise - sigma * clean).to(self.device)
+        mean, std = (tensor.to(self.device) for tensor in self.views.latents(drawn.views))
+        posterior, noise = drawn.posterior.to(self.device), drawn.noise.to(self.device)
+        clean = (mean + std * posterior) * self.scale
+        signal = self.alpha_bar[drawn.time].sqrt()[:, None, None, None].to(self.device)
+        sigma = (1 - self.alpha_bar[drawn.time]).sqrt()[:, None, None, None].to(self.device)
+        noisy = signal * clean + sigma * noise
+        target = noise if self.prediction == "epsilon" else signal * noise - sigma * clean
         with self._chance_of_its_own(step, part), autocast(self.precision, self.device):
             predicted = self.network(
-                noisy.to(self.device),
+                noisy,
                 drawn.time.to(self.device),
                 encoder_hidden_states=self.prompts.hidden[drawn.text.to(self.device)],
                 added_cond_kwargs=self._added(drawn),
@@ -107,7 +108,7 @@ class DiffusionObjective:
         error = functional.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
         losses = {"loss": (error * self.weights[drawn.time].to(self.device)).mean(), "mse": error.mean().detach()}
         if self.perceptual is not None:
-            looks = self._looks(drawn, predicted, noisy.to(self.device), signal.to(self.device), sigma.to(self.device))
+            looks = self._looks(drawn, predicted, noisy, signal, sigma)
             losses["loss"] = losses["loss"] + self.config.perceptual_weight * looks
             losses["perceptual"] = looks.detach()
         return losses
@@ -118,14 +119,22 @@ class DiffusionObjective:
             crops = self.sampler.batch(step, self.config.batch_size)
             shape = (len(crops), *self.shape)
             views = self.views.draw(crops, random)
-            posterior = torch.randn(shape, generator=random)
-            noise = torch.randn(shape, generator=random)
+            large = self._large_numbers(step, random)
+            posterior = torch.randn(shape, generator=large, device=large.device)
+            noise = torch.randn(shape, generator=large, device=large.device)
             time = torch.randint(0, len(self.alpha_bar), (len(crops),), generator=random)
             text = self.prompts.drop(self.views.labels[crops], self.config.prompt_dropout, random)
             if self.config.noise_offset:  # Guttenberg 2023: whole channels are shifted too, so brightness is learned
-                noise = noise + self.config.noise_offset * torch.randn((*shape[:2], 1, 1), generator=random)
+                offset = torch.randn((*shape[:2], 1, 1), generator=large, device=large.device)
+                noise = noise + self.config.noise_offset * offset
             self._last = step, _Drawn(views, posterior, noise, time, text)
         return self._last[1]
+
+    def _large_numbers(self, step: int, random: torch.Generator) -> torch.Generator:
+        """What noise is drawn with: on a GPU a generator there, keyed alike; a CPU would need longer than the step."""
+        if self.device.type == "cpu":
+            return random
+        return torch.Generator(self.device).manual_seed(step_seed(self.seed, "noise", step))
 
     def _added(self, drawn: _Drawn) -> dict[str, Tensor]:
         """What the family's denoiser wants besides the text: SDXL the pooled embedding and the micro-conditioning."""

@@ -71,17 +71,36 @@ def train(
     processes.wait()
     begin = start(config, download=download)
     log = Log(out / "log.jsonl" if processes.first else None)
-    crops = None
-    if begin.base is None or not config.train.augment:
-        crops = load_crops(dataset, config.train.size)
-    if begin.base is None and crops is not None:
-        _train_vae(begin.pipeline, config, dataset, crops, out, log, processes)
-    final = _train_unet(begin, config, dataset, crops, out, log, processes)
+    views = _train_vae_and_encode(begin, config, dataset, out, log, processes)
+    final = _train_unet(begin, config, dataset, views, out, log, processes)
     log.close()
     if processes.first:
         write_curve(out / "log.jsonl", out / "loss.png")
     processes.wait()
     return final
+
+
+def _train_vae_and_encode(
+    begin: Start, config: Config, dataset: Dataset, out: Path, log: Log, processes: Processes
+) -> Views:
+    """What the denoiser is shown. Of a model from scratch the autoencoder is trained first, for views are its latents.
+
+    It learns from whole crops, or (`train.vae.views`) from the views that were drawn ahead.
+    """
+    settings, pipeline = config.train, begin.pipeline
+    from_scratch = begin.base is None
+    augmented = AugmentedCrops(pipeline.vae, dataset, settings, processes.device) if settings.augment else None
+    ahead = DrawnAhead(augmented, settings.cached_views, config.seed) if augmented and settings.cached_views else None
+    drawn = ahead.crops() if ahead and from_scratch and settings.vae.views else None
+    whole = load_crops(dataset, settings.size) if augmented is None or (from_scratch and drawn is None) else None
+    if from_scratch and (crops := drawn or whole):
+        _train_vae(pipeline, config, dataset, crops, out, log, processes)
+    if ahead:
+        return ahead.encode(drawn)
+    if augmented:
+        return augmented
+    assert whole is not None
+    return WholeCrops(pipeline.vae, whole, flips=settings.flips, device=processes.device)
 
 
 def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -180,16 +199,14 @@ def train_decoder(
 
 
 def _train_unet(
-    begin: Start, config: Config, dataset: Dataset, crops: TrainingCrops | None, out: Path, log: Log,
-    processes: Processes,
-) -> Path:  # fmt: skip
+    begin: Start, config: Config, dataset: Dataset, views: Views, out: Path, log: Log, processes: Processes
+) -> Path:
     settings, pipeline, device = config.train, begin.pipeline, processes.device
     prompts = {phase.code: phase.prompt for phase in config.classes}
     negative = config.sample.negative_prompt if begin.from_scratch else ""
     embedded = Prompts(pipeline, list(prompts.values()), negative, device)
     pipeline.vae.to(device)
     perceptual = perceptual_loss(settings, device)
-    views = _views(pipeline, config, dataset, crops, device)
     sizes = size_quantiles(views.native, views.labels, config.classes.codes)
     make_trainable(pipeline, config, torch.device("cpu") if processes.divided else device)
     shown = _to_show(pipeline, processes)
@@ -243,16 +260,6 @@ def _to_show(pipeline: Pipeline, processes: Processes) -> Pipeline:
     if not (processes.divided and processes.first):
         return pipeline
     return with_parts(pipeline, unet=copy.deepcopy(pipeline.unet))
-
-
-def _views(
-    pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops | None, device: torch.device
-) -> Views:
-    if config.train.augment or crops is None:
-        views = AugmentedCrops(pipeline.vae, dataset, config.train, device)
-        ahead = config.train.cached_views
-        return DrawnAhead(views, ahead, config.seed) if ahead else views
-    return WholeCrops(pipeline.vae, crops, flips=config.train.flips, device=device)
 
 
 def _evaluation(config: Config, dataset: Dataset, device: torch.device) -> Evaluation:

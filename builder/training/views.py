@@ -6,9 +6,10 @@ A frame is the square around a crop's box with the widest margin. Sampling asks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from builder.progress import progress
 from builder.shards.dataset import Dataset, resize
 from builder.training.data import TrainingCrops, known_patients, original_size, step_generator, training_rows
 from builder.training.vae import encode
+
+ENCODED_AT_ONCE = 1024  # views
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Views(Protocol):
         """uint8 [B, 3, S, S]."""
 
     def latents(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents, unscaled, float32 [B, C, s, s], on the CPU."""
+        """Mean and deviation of the latents, unscaled, float32 [B, C, s, s]."""
 
     def framing(self, views: Sequence[View]) -> tuple[list[Pixels], list[Pixels]]:
         """(height, width) at the photograph's resolution, and (top, left) in the frame, of each view, px."""
@@ -105,8 +108,11 @@ class AugmentedCrops:
     def __init__(self, vae: Any, dataset: Dataset, config: TrainConfig, device: torch.device) -> None:
         self.vae, self.config, self.device = vae.to(device).eval(), config, device
         rows = training_rows(dataset)
-        reading = progress(dataset.images(rows), f"read {dataset.name}", "crop", len(rows))
-        self.frames = [make_frame(row, image, config.margin[1]) for row, image in reading]
+
+        def framed(row: dict[str, Any]) -> Frame:
+            return make_frame(row, dataset.pixels(row), config.margin[1])
+
+        self.frames = _in_threads(framed, rows, config.threads, f"read {dataset.name}", "crop")
         self.labels = torch.tensor([row["label"] for row in rows])
         self.patients = known_patients(rows)
         true = [[round(side * frame.scale) for side in frame.pixels.shape[:2]] for frame in self.frames]
@@ -135,10 +141,11 @@ class AugmentedCrops:
         )  # fmt: skip
 
     def pixels(self, views: Sequence[View]) -> Tensor:
-        images = np.stack([self._cut(view) for view in views])
+        images = np.stack([self.cut(view) for view in views])
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _cut(self, view: View) -> np.ndarray:
+    def cut(self, view: View) -> np.ndarray:
+        """The image of a view, uint8 [S, S, 3]."""
         frame = self.frames[view.crop].pixels
         part = frame[view.top : view.top + view.side, view.left : view.left + view.side]
         image = resize(np.ascontiguousarray(part), self.config.size)
@@ -170,19 +177,36 @@ class DrawnAhead:
 
     What is cached is the latents' distribution of one view, and the view itself, so that its place in the frame, its
     true size and its flip go with its latents. Which view, its noise and whether its caption is dropped are drawn at
-    each step.
+    each step. The autoencoder may learn from the pixels before they are encoded.
     """
 
     def __init__(self, views: AugmentedCrops, number: int, seed: int) -> None:
         """`number`: views of each crop."""
         self.views, self.number = views, number
         self.labels, self.native, self.patients = views.labels, views.native, views.patients
+        self.config = views.config
         crops = torch.arange(len(views.labels))
         self.drawn = [views.draw(crops, step_generator(seed, "views", turn)) for turn in range(number)]
         self._places = {view: place for place, view in enumerate(view for turn in self.drawn for view in turn)}
-        encoding = progress(self.drawn, "encode views", "pass")
-        encoded = [views.latents(turn) for turn in encoding]
-        self.mean, self.std = (torch.cat(parts) for parts in zip(*encoded, strict=True))  # [number * N, C, s, s]
+        self.mean = self.std = torch.empty(0)
+
+    def crops(self) -> TrainingCrops:
+        """All views as images, uint8 [number * N, 3, S, S]: what the autoencoder learns from."""
+        views = [view for turn in self.drawn for view in turn]
+        images = _in_threads(self.views.cut, views, self.config.threads, "draw views", "view")
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        labels, native = self.labels.repeat(self.number), self.native.repeat(self.number, 1)
+        return TrainingCrops(pixels=pixels, labels=labels, native=native, patients=self.patients)
+
+    def encode(self, crops: TrainingCrops | None = None) -> DrawnAhead:
+        """Encode the views; `crops`: their pixels, where these were drawn before. Returns itself."""
+        pixels = (crops or self.crops()).pixels
+        device = self.views.device
+        parts = progress(pixels.split(ENCODED_AT_ONCE), "encode views", "batch")
+        encoded = [encode(self.views.vae, part, device) for part in parts]
+        mean, std = (torch.cat(tensors) for tensors in zip(*encoded, strict=True))  # [number * N, C, s, s]
+        self.mean, self.std = mean.to(device), std.to(device)
+        return self
 
     def draw(self, crops: Tensor, random: torch.Generator) -> list[View]:
         turns = torch.randint(0, self.number, (len(crops),), generator=random)
@@ -192,11 +216,25 @@ class DrawnAhead:
         return self.views.pixels(views)
 
     def latents(self, views: Sequence[View]) -> tuple[Tensor, Tensor]:
-        places = torch.tensor([self._places[view] for view in views])
+        places = torch.tensor([self._places[view] for view in views]).to(self.mean.device)
         return self.mean[places], self.std[places]
 
     def framing(self, views: Sequence[View]) -> tuple[list[Pixels], list[Pixels]]:
         return self.views.framing(views)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def _in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], threads: int, description: str, unit: str
+) -> list[Result]:
+    """The results of `work` in the order of `items`: decoding and resizing leave Python's lock to the others."""
+    if threads <= 1:
+        return [work(item) for item in progress(items, description, unit)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(progress(pool.map(work, items), description, unit, len(items)))
 
 
 def make_frame(row: dict[str, Any], image: np.ndarray, margin: float) -> Frame:
