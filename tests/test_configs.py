@@ -17,7 +17,7 @@ from tests.reduced import WIDTHS, narrow
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
 FINE_TUNING = ("sdxl-full", "sdxl-lora", "sd15-lora")
-FROM_SCRATCH = ("demo", "wound-type", "stock")
+FROM_SCRATCH = ("demo", "wound-type", "stock", "base")
 ABLATIONS = ("ablation", "ablation-demo")  # exercised in test_ablation
 SMALL = [
     "train.steps=2", "train.batch_size=4", "train.micro_batch=2", "train.warmup_steps=1", "train.checkpoint_every=2",

@@ -92,7 +92,7 @@ class CropSampler:
         chosen = torch.empty(size, dtype=torch.int64)
         for group in range(count):
             first = (group - step * size) % count  # place in the batch where this group's turn comes first
-            places = torch.arange(first, size, count)
+            places = torch.arange(first, max(first, size), count)  # none, if the batch is smaller
             chosen[places] = self._turns(group, (step * size + first) // count, len(places))
         return chosen
 
