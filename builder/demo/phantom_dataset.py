@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from builder.config import load_config
@@ -21,7 +22,7 @@ LICENCE = "phantom, CC0"
 
 def ensure_demo(name: str, root: str) -> Dataset | None:
     """The dataset `phantom`, `stock` or `base` under an output root, made if it isn't there; None for other names."""
-    makers = {PHANTOM: ensure_phantom, STOCK: ensure_stock, BASE: ensure_base}
+    makers: dict[str, Callable[[str], Dataset]] = {PHANTOM: ensure_phantom, STOCK: ensure_stock, BASE: ensure_base}
     return makers[name](root) if name in makers else None
 
 
