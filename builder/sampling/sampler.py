@@ -30,6 +30,7 @@ from builder.config import Config, SampleConfig
 from builder.errors import BuilderError
 from builder.models.families import family_of
 from builder.models.grain import head_of
+from builder.sampling.class_words import require_class_words
 from builder.sampling.device import device_model, dtype_name, resolve_dtype
 from builder.sampling.grain import with_grain
 from builder.sampling.guidance import guided_steps
@@ -300,10 +301,14 @@ class Sampler:
 
 
 def load_sampler(checkpoint: Checkpoint, config: Config, device: str = "cpu") -> Sampler:
-    """A sampler of a checkpoint, set up by `config.sample`, asked with the prompts of `config.classes`."""
+    """A sampler of a checkpoint, set up by `config.sample`, asked with the prompts of `config.classes`.
+
+    BuilderError when the checkpoint's tokenizer cuts a class word off.
+    """
     from builder.models.load import load_pipeline
 
     pipeline = load_pipeline(checkpoint, "cpu", torch.float32)  # text encoders and decoder: exact, and off the GPU
+    require_class_words([pipeline.components[name] for name in family_of(pipeline).tokenizers], config.classes)
     prompts = {phase.code: phase.prompt for phase in config.classes}
     return Sampler(pipeline, config.sample, prompts, checkpoint.original_sizes, device)
 

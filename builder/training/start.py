@@ -15,6 +15,7 @@ from builder.models.families import family_named
 from builder.models.load import load_pipeline
 from builder.models.lora import add_lora
 from builder.models.source import base_of, locate
+from builder.sampling.class_words import require_class_words
 from builder.shards.lineage import is_invented
 from builder.training.diffusion import DTYPES, precision_on
 
@@ -49,8 +50,16 @@ def start(config: Config, *, download: bool = False) -> Start:
     """Build or load what `config.model` says.
 
     Raises BuilderError for an unknown family, a base that isn't there, of another family or for other sizes, a LoRA
-    without a base, and a declared lineage that the base itself contradicts.
+    without a base, a declared lineage that the base itself contradicts, and a prompt whose class word its tokenizer
+    cuts off.
     """
+    begin = _start(config, download=download)
+    tokenizers = [begin.pipeline.components[name] for name in family_named(config.model.family).tokenizers]
+    require_class_words(tokenizers, config.classes)
+    return begin
+
+
+def _start(config: Config, *, download: bool) -> Start:
     model = config.model
     family = family_named(model.family)
     if model.base:
