@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.acceptance.gpu.base import render_in_background
 from tests.acceptance.gpu.child import PARTS, Record, last_lines, run_part, say
 from tests.acceptance.gpu.report import environment, write_report
 from tests.acceptance.gpu.setting import Setting
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--parts", default="a,b,c,d", help="which, in this order [default: a,b,c,d]")
     parser.add_argument("--miniature", action="store_true", help="tiny widths and counts")
     parser.add_argument("--seconds", default="", help="the most that parts take, e.g. a=150,b=160,c=100")
+    parser.add_argument("--patients", type=int, default=2000, help="of the base's crops, for part d [default: 2000]")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="[default: cuda where there is one]")
     options = parser.parse_args()
     parts = [part.strip() for part in options.parts.split(",") if part.strip()]
@@ -42,6 +44,8 @@ def main() -> None:
     for word in filter(None, options.seconds.split(",")):
         part, _, seconds = word.partition("=")
         most[part.strip()] = float(seconds)
+    if "d" in parts:
+        render_in_background(options.patients, options.miniature)
     sys.exit(run(parts, options.minutes, options.out, options.miniature, options.device, most))
 
 
@@ -62,7 +66,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="builder-gpu-") as scratch:
         for number, part in enumerate(parts):
             left = ends - time.time()
-            last = number == len(parts) - 1 or (parts[number + 1 :] == ["d"] and not _has_base())
+            last = number == len(parts) - 1
             seconds = left - GRACE if last else min(left - GRACE, most.get(part, left))
             setting = Setting(device, miniature, out, Path(scratch), time.time() + seconds)
             say(f"part {part}: {PARTS[part][1]}, at most {seconds:.0f} s")
@@ -135,10 +139,6 @@ def _context(device: str) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["builder.job.engines.preload", "builder.training.diffusion"])
     return context
-
-
-def _has_base() -> bool:
-    return (Path(__file__).parent / "base.py").is_file()
 
 
 if __name__ == "__main__":
