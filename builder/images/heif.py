@@ -29,8 +29,8 @@ def profile(source: ByteSource, header: Header) -> bytes | None:
 
 def decode(source: ByteSource, header: Header) -> Image.Image:
     """See Codec. Of several pictures, the primary one."""
-    image: Image.Image = header.layout.to_pillow()
-    return image
+    opened = header.layout
+    return Image.frombytes(opened.mode, opened.size, bytes(opened.data), "raw", opened.mode, opened.stride)
 
 
 def _library() -> Any:

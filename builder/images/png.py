@@ -23,6 +23,7 @@ _PLAIN_START, _PLAIN_KIND = SIGNATURE + b"\0\0\0\rIHDR", b"\x08\2\0\0\0"  # 8 bi
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 _PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
 _RAW_EXIF = (b"Raw profile type exif\0", b"Raw profile type APP1\0")  # as ImageMagick wrote it before eXIf was there
+_PIECE = 1 << 20  # bytes that are decompressed at a time
 _MAX_TEXT = 1 << 20  # bytes of a chunk that is looked at for its EXIF
 
 Range = tuple[int, int]  # offset and length of a chunk's content
@@ -94,7 +95,7 @@ def plain_rgb(data: bytes, max_pixels: int) -> Image.Image | None:
         image.load()
     except (OSError, SyntaxError, ValueError):
         return None
-    return image
+    return None if _may_lack_rows(image) else image
 
 
 def profile(source: ByteSource, header: Header) -> bytes | None:
@@ -117,7 +118,45 @@ def decode(source: ByteSource, header: Header) -> Image.Image:
         data = SIGNATURE + b"".join([data[start - 8 : start + length + 4] for start, length in kept])
     image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     image.load()
+    if _may_lack_rows(image) and not _complete(source, header):
+        raise cut_short("PNG")
     return image
+
+
+def _may_lack_rows(image: Image.Image) -> bool:
+    """Whether the last row, or the one before it, is zero.
+
+    So the decoder leaves rows, without a word, if the data end too early; those of an interlaced picture's last part
+    are every second one.
+    """
+    rows = range(max(0, image.height - 2), image.height)
+    return any(image.crop((0, row, image.width, row + 1)).getbbox(alpha_only=False) is None for row in rows)
+
+
+def _complete(source: ByteSource, header: Header) -> bool:
+    """Whether the compressed data hold all rows."""
+    values = source.at(8 + 8, 13)
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[values[9]]
+    missing = sum(
+        (1 + -(-width * header.bits * channels // 8)) * height
+        for width, height in _passes(*header.stored, interlaced=values[12] == 1)
+    )
+    stream = zlib.decompressobj()
+    for kind, place in header.layout.pixels:
+        data = source.at(*place) if kind == b"IDAT" else b""
+        while data and missing > 0:
+            missing -= len(stream.decompress(data, _PIECE))
+            data = stream.unconsumed_tail
+    return missing - len(stream.flush()) <= 0
+
+
+def _passes(width: int, height: int, *, interlaced: bool) -> list[tuple[int, int]]:
+    """Width and height of the picture, or of Adam7's seven parts of it; those without pixels have no rows."""
+    if not interlaced:
+        return [(width, height)]
+    steps = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    parts = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in steps]
+    return [(columns, rows) for columns, rows in parts if columns > 0 and rows > 0]
 
 
 def _key(source: ByteSource, chunks: _Chunks, bits: int, colours: int) -> tuple[int, ...] | None:
