@@ -19,7 +19,7 @@ from builder.images.colour import deep_values, split_alpha, to_rgb
 from builder.images.errors import CONVERT, ImageError, cut_short, damaged
 from builder.images.formats import sniff
 from builder.images.header import Codec, Header
-from builder.images.limits import DEFAULT_MAX_PIXELS, check_size, pillow_allows
+from builder.images.limits import DEFAULT_MAX_PIXELS, HIGHEST_MAX_PIXELS, check_size, pillow_allows
 from builder.images.orientation import upright
 from builder.images.source import ByteSource, opened
 
@@ -86,9 +86,17 @@ def read_pixels(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) 
     Raises:
         ImageError: it isn't read, is damaged or cut short, is too large, or nothing in it is visible.
     """
-    if isinstance(picture, bytes) and (image := png.plain_rgb(picture, max_pixels)) is not None:
-        return np.asarray(image)
     return np.asarray(read_picture(picture, max_pixels=max_pixels))
+
+
+def read_hashed(picture: bytes) -> np.ndarray:
+    """As `read_pixels`, where the caller compares the pixels with the hash that a dataset has of them.
+
+    Then a PNG as this project writes them needs no other checks. Up to the highest limit: `--max-pixels` has judged
+    the picture when it came in.
+    """
+    image = png.plain_rgb(picture, HIGHEST_MAX_PIXELS)
+    return read_pixels(picture, max_pixels=HIGHEST_MAX_PIXELS) if image is None else np.asarray(image)
 
 
 def part(image: Image.Image, box: tuple[int, int, int, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from builder.documents import read_document, write_document
 from builder.errors import BuilderError, did_you_mean
-from builder.images import HIGHEST_MAX_PIXELS, read_pixels
+from builder.images import read_hashed
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
 from builder.shards.sealed import DamagedError, open_parquet, without_seal
@@ -239,9 +239,9 @@ class Dataset:
 def decode(payload: bytes) -> np.ndarray:
     """An encoded image that a dataset holds -> uint8 RGB [H, W, 3], by the door; ImageError (a ValueError) if not.
 
-    Up to the highest limit: `--max-pixels` has judged it when it came in.
+    The caller compares the pixels with the row's `sha256`.
     """
-    return read_pixels(payload, max_pixels=HIGHEST_MAX_PIXELS)
+    return read_hashed(payload)
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
