@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import types
@@ -17,9 +18,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import builder.legacy
+import builder.mixing
 from builder.errors import BuilderError
-from builder.mixing import AugmentationConfig, GenerativeAugmentationCallback, GenerativeAugmentationManager
-from builder.mixing.augmentation import _Order
+from builder.legacy import callback as callback_room
+from builder.legacy.manager import _Order
+from builder.mixing import (
+    AugmentationConfig,
+    GenerativeAugmentationCallback,
+    GenerativeAugmentationManager,
+    GenerativeAugmentationManagerSDXL,
+    create_enhanced_augmentation_fn,
+)
 from builder.shards.dataset import Dataset, resize
 from tests.conftest import Result, write_real
 
@@ -270,9 +280,7 @@ def test_probability_phases_and_modality_are_the_configs(accepted: Dataset) -> N
     manager = manage(accepted, config)
     manager.current_phase = "I"
     assert 240 < sum(manager.should_generate("depth_rgb") for _ in range(1000)) < 360
-    assert not any(manager.should_generate("thermal_rgb") for _ in range(20)), "its own switch is off"
-    config.modality_settings["thermal_rgb"]["generative_augmentations"]["enabled"] = True
-    assert any(manager.should_generate("thermal_rgb") for _ in range(40))
+    assert any(manager.should_generate("thermal_rgb") for _ in range(40)), "the switch of depth_rgb is its switch too"
     manager.current_phase = "P"
     assert not any(manager.should_generate("depth_rgb") for _ in range(40))
     assert draw(manager, "P", 1).any(), "but who asks for it gets it, as before"
@@ -308,6 +316,7 @@ def test_the_old_settings_module_is_heeded(accepted: Dataset, monkeypatch: pytes
         "IMAGE_SIZE": 20, "USE_GENERATIVE_AUGMENTATION": True, "USE_GENERAL_AUGMENTATION": False,
         "GENERATIVE_AUG_PROB": 1.0, "GENERATIVE_AUG_MIX_RATIO": (0.2, 0.4), "GENERATIVE_AUG_INFERENCE_STEPS": 30,
         "GENERATIVE_AUG_BATCH_LIMIT": 3, "GENERATIVE_AUG_MAX_MODELS": 2, "GENERATIVE_AUG_PHASES": ["R"],
+        "GENERATIVE_AUG_SDXL_RESOLUTION": 768, "GENERATIVE_AUG_SDXL_GUIDANCE_SCALE": 3.5,
     }  # fmt: skip
     for name, value in values.items():
         setattr(old, name, value)
@@ -315,7 +324,8 @@ def test_the_old_settings_module_is_heeded(accepted: Dataset, monkeypatch: pytes
     config = AugmentationConfig()
     assert config.generative_settings == {
         "output_size": {"height": 20, "width": 20}, "prob": 1.0, "mix_ratio_range": (0.2, 0.4), "inference_steps": 30,
-        "batch_size_limit": 3, "max_loaded_models": 2, "phases": ["R"], "max_value": 255.0,
+        "batch_size_limit": 3, "max_loaded_models": 2, "phases": ["R"], "max_value": 255.0, "sdxl_resolution": 768,
+        "guidance_scale": 3.5,
     }  # fmt: skip
     assert not config.modality_settings["thermal_rgb"]["regular_augmentations"]["enabled"]
     manager = manage(accepted, config)
@@ -336,7 +346,7 @@ def test_the_old_settings_module_is_heeded(accepted: Dataset, monkeypatch: pytes
 
 def test_the_config_has_what_the_old_augmentation_function_reads() -> None:
     config = AugmentationConfig()
-    assert list(config.modality_settings) == ["depth_rgb", "thermal_rgb", "depth_map", "thermal_map"]
+    assert list(config.modality_settings) == ["depth_rgb", "thermal_rgb", "thermal_map", "depth_map"]
     for modality, parts in config.modality_settings.items():
         regular = parts["regular_augmentations"]
         assert regular["enabled"] and 0 < regular["prob"] < 1 and regular["brightness"]["max_delta"] > 0
@@ -443,11 +453,9 @@ def test_the_callback_cleans_up_after_training(accepted: Dataset, monkeypatch: p
     class Callback:
         def on_train_end(self, logs: Any = None) -> None: ...
 
-    module = types.ModuleType("tensorflow.keras.callbacks")
-    module.Callback = Callback  # type: ignore[attr-defined]
-    for name in ("tensorflow", "tensorflow.keras"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tensorflow = types.ModuleType("tensorflow")
+    tensorflow.keras = types.SimpleNamespace(callbacks=types.SimpleNamespace(Callback=Callback))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     manager = manage(accepted)
     calls: list[str] = []
     monkeypatch.setattr(manager, "cleanup", lambda: calls.append("cleanup"))
@@ -456,3 +464,157 @@ def test_the_callback_cleans_up_after_training(accepted: Dataset, monkeypatch: p
         assert isinstance(callback, Callback)
         callback.on_train_end()
     assert calls == ["cleanup"]
+
+
+# -- the three forms of the call -------------------------------------------------------------
+
+
+def test_every_name_is_that_of_the_old_modules() -> None:
+    for name in builder.legacy.__all__:
+        assert getattr(builder.mixing, name) is getattr(builder.legacy, name)
+    assert GenerativeAugmentationManagerSDXL is GenerativeAugmentationManager
+
+
+@pytest.mark.parametrize("name", ["checkpoint_path", "base_dir", "checkpoint_dir"])
+def test_the_old_model_may_be_given_by_each_callers_name(
+    accepted: Dataset, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("BUILDER_DATASET", str(Path(accepted.storage.root) / "shards" / "accepted"))
+    config = AugmentationConfig()
+    config.generative_settings["output_size"]["width"] = 12
+    config.generative_settings["output_size"]["height"] = 16
+    manager = GenerativeAugmentationManagerSDXL(**{name: "old/checkpoint_epoch_0030.pt"}, config=config)
+    assert manager.model_path == Path("old/checkpoint_epoch_0030.pt")
+    images = manager.generate_images("depth_rgb", "I", batch_size=2)
+    assert images is not None and images.shape == (2, 16, 12, 3)
+    positional = GenerativeAugmentationManager("old/models", config, "cuda:0")
+    assert positional.generate_images("thermal_rgb", "R") is not None
+
+
+def test_the_old_model_named_twice_is_refused(accepted: Dataset) -> None:
+    with pytest.raises(BuilderError, match="named twice, by checkpoint_path and base_dir"):
+        GenerativeAugmentationManager("a", base_dir="b", dataset=accepted)
+    assert GenerativeAugmentationManager(dataset=accepted).config.generative_settings["prob"] == 0.15
+
+
+def test_defaults_are_those_of_the_third_version() -> None:
+    config = AugmentationConfig()
+    for modality in ("depth_rgb", "thermal_rgb"):
+        assert config.modality_settings[modality]["regular_augmentations"] == {
+            "enabled": True, "prob": 0.5, "brightness": {"enabled": True, "max_delta": 0.1},
+            "contrast": {"enabled": True, "range": (0.8, 1.2)}, "saturation": {"enabled": True, "range": (0.8, 1.2)},
+            "gaussian_noise": {"enabled": True, "stddev": 0.03},
+        }  # fmt: skip
+    for modality in ("depth_map", "thermal_map"):
+        assert config.modality_settings[modality]["regular_augmentations"] == {
+            "enabled": True, "prob": 0.5, "brightness": {"enabled": True, "max_delta": 0.08},
+            "contrast": {"enabled": True, "range": (0.85, 1.15)}, "saturation": {"enabled": False},
+            "gaussian_noise": {"enabled": True, "stddev": 0.02},
+        }  # fmt: skip
+    kept = {"sdxl_resolution", "guidance_scale", "output_size", "prob", "mix_ratio_range", "inference_steps"}
+    assert kept | {"batch_size_limit"} <= set(config.generative_settings)
+
+
+# -- counts, and the callback ---------------------------------------------------------------
+
+
+def test_a_line_after_every_hundred_and_a_summary_at_the_end(accepted: Dataset, capsys: Any) -> None:
+    manager = manage(accepted)
+    callback = GenerativeAugmentationCallback(manager)
+    draw(manager, "I", 5)
+    callback.on_train_begin()
+    assert manager.served.counts == {"I": 0, "P": 0, "R": 0}, "counted from the start of the training"
+    for _ in range(7):
+        draw(manager, "I", 16)  # 112: crosses a hundred in the middle of a call
+    assert capsys.readouterr().out == "  synthetic images served: 112 | by phase: I:112, P:0, R:0\n"
+    draw(manager, "R", 28)
+    assert capsys.readouterr().out == ""
+    callback.on_train_end()
+    said = capsys.readouterr().out
+    assert "synthetic images served: 140" in said
+    assert "phase I (inflammatory): 112 (80.0%)" in said and "phase R (remodeling): 28 (20.0%)" in said
+    assert draw(manager, "P", 1).any(), "closed shards open again"
+
+
+@pytest.mark.parametrize("gen_manager", [None, "off"])
+def test_the_callback_of_nothing_prints_nothing(gen_manager: str | None, capsys: Any) -> None:
+    config = always()
+    config.modality_settings["depth_rgb"]["generative_augmentations"]["enabled"] = False
+    callback = GenerativeAugmentationCallback(gen_manager and manage(None, config))  # type: ignore[arg-type]
+    callback.on_train_begin()
+    callback.on_train_end({})
+    assert capsys.readouterr().out == ""
+
+
+def test_without_keras_the_callback_has_what_a_loop_calls() -> None:
+    if callback_room._keras_callback() is not None:
+        pytest.skip("Keras is installed: tests/acceptance/old_script.py tries it")
+    made = GenerativeAugmentationCallback(None)
+    assert isinstance(made, GenerativeAugmentationCallback)
+    made.set_params({"epochs": 1})  # type: ignore[attr-defined]
+    made.set_model(object())  # type: ignore[attr-defined]
+    assert made.on_epoch_end(0, logs={}) is None  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'modle'"):
+        _ = made.modle  # type: ignore[attr-defined]
+
+
+# -- mixing into batches ----------------------------------------------------------------------
+
+
+def batch_of(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    return np.full((len(labels), SIZE, SIZE, 3), 7, np.float32), np.eye(3, dtype=np.float32)[labels]
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_each_replaced_image_is_of_its_own_phase(accepted: Dataset, one_hot: bool) -> None:
+    config = always()
+    config.generative_settings |= {"mix_ratio_range": (0.5, 0.5), "batch_size_limit": 2}
+    manager = manage(accepted, config)
+    labels = [0, 1, 2, 2, 1, 0, 2, 1]
+    images, hot = batch_of(labels)
+    mixed, replaced = manager.mix("depth_rgb", images, hot if one_hot else np.array(labels))
+    assert replaced.sum() == 4 and (images == 7).all(), "the caller's batch stays"
+    assert (mixed[~replaced] == 7).all()
+    phases = [key.split("-")[1] for key in keys(accepted, mixed[replaced])]
+    assert phases == ["IPR"[labels[place]] for place in np.flatnonzero(replaced)]
+    assert sum(manager.served.counts.values()) == 4
+
+
+def test_how_many_are_replaced_is_right_on_average(accepted: Dataset) -> None:
+    """A few per cent of a batch of 8 is less than one image."""
+    config = always()
+    config.generative_settings |= {"prob": 0.5, "mix_ratio_range": (0.02, 0.06)}
+    manager = manage(accepted, config)
+    images, labels = batch_of([0] * 8)
+    found = [int(manager.mix("depth_rgb", images, labels)[1].sum()) for _ in range(1500)]
+    assert set(found) == {0, 1}
+    assert 0.11 < np.mean(found) < 0.21  # 8 x 0.5 x 0.04 = 0.16, standard error 0.009
+
+
+@pytest.mark.parametrize(
+    ("change", "modality"),
+    [({}, "depth_map"), ({"prob": 0.0}, "depth_rgb"), ({"phases": ["R"]}, "depth_rgb"), (None, "thermal_rgb")],
+)
+def test_nothing_is_replaced_of_maps_of_other_phases_or_when_off(
+    accepted: Dataset, change: dict[str, Any] | None, modality: str
+) -> None:
+    config = always()
+    config.generative_settings["mix_ratio_range"] = (1, 1)
+    config.modality_settings["depth_rgb"]["generative_augmentations"]["enabled"] = change is not None
+    config.generative_settings |= change or {}
+    images, labels = batch_of([0, 1])
+    mixed, replaced = manage(accepted, config).mix(modality, images, labels)
+    assert not replaced.any() and (mixed == images).all()
+
+
+@pytest.mark.parametrize("labels", [np.eye(4)[[0, 1]], np.array([0, 3]), np.array([-1, 0])])
+def test_labels_of_other_classes_are_refused(accepted: Dataset, labels: np.ndarray) -> None:
+    with pytest.raises(BuilderError, match="the dataset has I, P, R"):
+        manage(accepted, always()).mix("depth_rgb", batch_of([0, 1])[0], labels)
+
+
+def test_the_augmentation_function_needs_tensorflow() -> None:
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed: tests/acceptance/old_script.py tries it")
+    with pytest.raises(BuilderError, match="TensorFlow is not installed"):
+        create_enhanced_augmentation_fn(None, AugmentationConfig())

@@ -173,6 +173,40 @@ def test_parts_of_the_base_are_linked_and_untouched(base, tuned, tmp_path_factor
     assert base.sha256 == before != made.sha256
 
 
+@pytest.mark.parametrize(
+    ("said", "section", "has_ema", "taken", "why"),
+    [
+        (False, "training", True, "raw", "says use_ema_weights_for_inference: false; --weights ema"),
+        (True, "training", True, "ema", "says use_ema_weights_for_inference: true; --weights raw"),
+        (False, None, True, "raw", "use_ema_weights_for_inference: false"),
+        (True, "inference", False, "raw", "no averaged weights, though its config says"),
+        (None, None, True, "ema", "does not say use_ema_weights_for_inference"),
+        (None, None, False, "raw", "holds no averaged weights"),
+        ("no", "training", True, "ema", "does not say"),  # text is no switch
+    ],
+)
+def test_the_files_own_config_says_which_weights_are_taken(
+    tmp_path: Path, said: Any, section: str | None, has_ema: bool, taken: str, why: str
+) -> None:
+    switch = {} if said is None else {"use_ema_weights_for_inference": said}
+    config = {**CONFIG, section: {"deeper": switch}} if section else {**CONFIG, **switch}
+    weights = {"conv_in.weight": torch.zeros(2)}
+    file = write_old(tmp_path / "old.pt", weights, weights if has_ema else None, config=config)
+    which, reason = read_legacy(file).preferred()
+    assert which == taken and why in reason
+
+
+def test_which_weights_were_taken_is_told_and_recorded(base, tuned, tmp_path: Path) -> None:
+    config = {**CONFIG, "training": {"use_ema_weights_for_inference": False}}
+    file = write_old(tmp_path / "old.pt", tuned["raw"], tuned["ema"], config=config)
+    made, notes = import_legacy(Request(file, base, tmp_path / "made"))
+    assert made.config["imported"]["weights"] == "raw" and "raw weights are taken" in notes[0]
+    found = load_pipeline(made.path).unet.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in tuned["raw"].items())
+    chosen, notes = import_legacy(Request(file, base, tmp_path / "chosen", weights="ema"))
+    assert chosen.config["imported"]["weights"] == "ema" and notes == []
+
+
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
@@ -544,7 +578,7 @@ def test_history_comes_along(base, tuned, tmp_path: Path) -> None:
     file = write_old(tmp_path / "old.pt", tuned["raw"], metrics=None)
     made, notes = import_legacy(Request(file, base, tmp_path / "made", history=history))
     assert made.metrics == {"fid": 190.0, "is_mean": None}  # the file has none; those of its epoch
-    assert len(notes) == 1 and "'val_fid'" in notes[0] and "epoch 30 (190)" in notes[0]
+    assert len(notes) == 2 and "'val_fid'" in notes[1] and "epoch 30 (190)" in notes[1]
     imported = read_checkpoint(made.path).config["imported"]
     assert imported["monitor"] == "fid"
     assert [(entry["epoch"], entry["path"]) for entry in imported["history"]] == [

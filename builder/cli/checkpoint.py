@@ -101,7 +101,7 @@ def best(run: str, monitor: str, mode: str | None) -> None:
 @click.option("--base", required=True, metavar="NAME|DIR|HUB-ID", help="The model that it was trained from.")
 @click.option("--download", is_flag=True, help="Fetch the base from the hub, once.")
 @click.option("--to", "target", required=True, metavar="NAME|DIR", help="Name in ./checkpoints, or a folder.")
-@click.option("--weights", type=click.Choice(["ema", "raw"]), help="Averaged or last. [default: averaged if there]")
+@click.option("--weights", type=click.Choice(["ema", "raw"]), help="Averaged or last. [default: as FILE says]")
 @click.option("--lora-alpha", type=click.FloatRange(0, min_open=True), help="LoRA's alpha, if the file lacks it.")
 @click.option("--history", type=FILE, help="The old checkpoint_history.json.")
 @click.option("--trained-on", type=FILE, help="CSV of the patients it was trained on. [default: lineage unknown]")

@@ -43,7 +43,7 @@ SMALLEST = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to import. weights: ema, raw, or '' for the average if there is one. alpha: LoRA's, if the file lacks it."""
+    """What to import. weights: ema, raw, or '' as the file's own config says. alpha: LoRA's, if the file lacks it."""
 
     file: Path
     base: Checkpoint
@@ -73,12 +73,13 @@ def import_legacy(request: Request) -> tuple[Checkpoint, list[str]]:
     if request.target.exists():
         raise BuilderError(f"{request.target} exists", "choose another --to, or remove it")
     legacy = read_legacy(request.file)
-    which = request.weights or ("ema" if legacy.ema else "raw")
+    which, why = (request.weights, "") if request.weights else legacy.preferred()
     unet = unet_on_meta(base)
     shapes = {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
     state = legacy.weights(which, shapes)
     where = f"{request.file} ({which} weights)"
     history, notes = read_legacy_history(request.history) if request.history else (History(), [])
+    notes = [f"{which} weights are taken: {why}", *notes] if why else notes
     made = _describe(request, legacy, which, history)
     if is_adapter(state):
         adapter, own_base = split_adapter(state, shapes, where)

@@ -33,6 +33,7 @@ PROCESSOR = re.compile(
 ALPHA = re.compile(r"(?P<layer>.+?)(\.lora)?\.(network_)?alpha")
 BASE_LAYER = re.compile(r"(?P<layer>.+)\.base_layer\.(?P<weight>weight|bias)")
 
+USE_EMA = "use_ema_weights_for_inference"  # in the old config: whether images were drawn from the average
 REMEDY = "give --base the model that it was trained from"
 State = dict[str, Tensor]
 
@@ -56,6 +57,22 @@ class LegacyCheckpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     timestamp: str = ""
+
+    def preferred(self) -> tuple[str, str]:
+        """Which weights its own system drew images from, 'ema' or 'raw', and why, in words.
+
+        Where the file's config doesn't say, it is the average, if there is one.
+        """
+        said = _anywhere(self.config, USE_EMA)
+        if said is False:
+            other = "; --weights ema takes their average" if self.ema else ""
+            return "raw", f"the file's config says {USE_EMA}: false{other}"
+        if not self.ema:
+            also = f", though its config says {USE_EMA}: true" if said else ""
+            return "raw", f"the file holds no averaged weights{also}"
+        if said:
+            return "ema", f"the file's config says {USE_EMA}: true; --weights raw takes the last ones"
+        return "ema", f"the file's config does not say {USE_EMA}; --weights raw takes the last ones"
 
     def weights(self, which: str, shapes: Shapes) -> State:
         """The state of the raw weights or of their average ('ema'), under names without wrappers' prefixes.
@@ -206,6 +223,14 @@ def _in_order(values: list[Any], state: State, shapes: Shapes, where: str) -> St
     raise BuilderError(
         f"{where}: shadow_params has {len(values)} entries, the model {counts} weights", "import with --weights raw"
     )
+
+
+def _anywhere(config: Mapping[str, Any], name: str) -> bool | None:
+    """The value of a switch, in whatever section of the config it stands; None where it stands nowhere."""
+    if isinstance(config.get(name), bool):
+        return bool(config[name])
+    found = (_anywhere(part, name) for part in config.values() if isinstance(part, Mapping))
+    return next((value for value in found if value is not None), None)
 
 
 def _are_weights(state: Mapping[Any, Any]) -> bool:

@@ -1,8 +1,4 @@
-"""The old training script's interface to synthetic images, served from accepted shards instead of a diffusion model.
-
-In the script of the old system (src/training/training_utils.py) the import line is all that changes:
-
-    from builder.mixing import AugmentationConfig, GenerativeAugmentationManager, GenerativeAugmentationCallback
+"""The old manager of generated images, serving accepted shards instead of a diffusion model.
 
 Which images these are is said by the environment's BUILDER_DATASET, or by `dataset=`. New code takes MixedLoader.
 """
@@ -12,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import random
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -21,58 +16,15 @@ from typing import Any
 import numpy as np
 
 from builder.errors import BuilderError, did_you_mean
+from builder.legacy.served import ServedImages
+from builder.legacy.settings import MAPS, RGB, SWITCH, WHITE, AugmentationConfig, old_setting, white_of
 from builder.mixing.guards import check_lineage, resolve
 from builder.mixing.schedule import keyed_shuffle
 from builder.mixing.sources import Source
+from builder.phases import HEALING_PHASES
 from builder.shards.dataset import Dataset
 
-RGB = ("depth_rgb", "thermal_rgb")  # photographs by either camera: both were, and are, served the same crops
-MAPS = ("depth_map", "thermal_map")
-SWITCH = "depth_rgb"  # whose setting is the switch for all modalities, beside each one's own
 ENVIRONMENT, REAL_ENVIRONMENT = "BUILDER_DATASET", "BUILDER_REAL"
-OLD_SETTINGS = "src.utils.production_config"  # the old system's module of settings
-
-
-class AugmentationConfig:
-    """The old settings, in the old places.
-
-    Each has the value that the old system's `src.utils.production_config` gives it, where the program has imported
-    that module, else a default. What steered the diffusion model (`inference_steps`, `max_loaded_models`) is kept so
-    that scripts find it, and changes nothing: the images are there already.
-
-    generative_settings:
-        output_size: {'height', 'width'} in px, where a call names none.
-        prob: how often `should_generate` says yes, 0-1.
-        mix_ratio_range: share of a batch that the old augmentation function replaces, (least, most).
-        batch_size_limit: most images of one call.
-        phases: codes of the phases that `should_generate` says yes to; None: all that the dataset has.
-        max_value: what white is in the images: 255, or 1 where the training script divides its real images by 255.
-    modality_settings[modality]: 'generative_augmentations' (its 'enabled' of depth_rgb is the switch for all), and
-        'regular_augmentations', which the old augmentation function reads.
-    """
-
-    def __init__(self) -> None:
-        size = _old_setting("IMAGE_SIZE", 128)
-        self.generative_settings: dict[str, Any] = {
-            "output_size": {"height": size, "width": size},
-            "prob": _old_setting("GENERATIVE_AUG_PROB", 0.15),
-            "mix_ratio_range": _old_setting("GENERATIVE_AUG_MIX_RATIO", (0.01, 0.05)),
-            "inference_steps": _old_setting("GENERATIVE_AUG_INFERENCE_STEPS", 50),
-            "batch_size_limit": _old_setting("GENERATIVE_AUG_BATCH_LIMIT", 32),
-            "max_loaded_models": _old_setting("GENERATIVE_AUG_MAX_MODELS", 1),
-            "phases": _old_setting("GENERATIVE_AUG_PHASES", None),
-            "max_value": 255.0,
-        }
-        regular = bool(_old_setting("USE_GENERAL_AUGMENTATION", True))
-        self.modality_settings: dict[str, dict[str, Any]] = {
-            modality: {
-                "regular_augmentations": _regular(regular, rgb=modality in RGB),
-                "generative_augmentations": {"enabled": False},
-            }
-            for modality in (*RGB, *MAPS)
-        }
-        switch = self.modality_settings[SWITCH]["generative_augmentations"]
-        switch["enabled"] = bool(_old_setting("USE_GENERATIVE_AUGMENTATION", True))
 
 
 class Images(np.ndarray):
@@ -85,23 +37,15 @@ class Images(np.ndarray):
 class GenerativeAugmentationManager:
     """Synthetic images by phase, for the old training script; no model is loaded, no image is drawn.
 
-    checkpoint_dir: of the old model; kept as an attribute, and not looked into.
-    config: an AugmentationConfig, or the old system's own; it is read at every call.
-    device: ignored.
-    dataset: accepted synthetic images: a dataset's name in the working directory, a path, or a Dataset. Default: the
-        environment's BUILDER_DATASET. One that was not filtered is served with a warning.
-    real: the real dataset (name, path or Dataset) whose held-out patients the generator must not have seen. Default:
-        the environment's BUILDER_REAL; without it nothing is checked, and a warning says so. allow_leak: the reason to
-        use the images in spite of it.
-    seed: of the order of the images, and of `should_generate`.
-
     The images of a phase come in shuffled order, each once, then in another order. All methods may be called from
     several threads; which thread gets which image is then left to chance. Made with the switch off (see
     AugmentationConfig), a manager needs no dataset, and generates nothing.
 
-    checkpoint_path, config_path: the folder of the dataset's manifests, and its dataset.json. The old augmentation
-        function asks only whether there are such attributes; there are none when switched off.
-    BuilderError: no dataset is named, it is real or not complete, it lacks a phase that the config asks for, or leaks.
+    Attributes:
+        config: as given; it is read at every call, so settings may be changed later.
+        served: how many images of each phase were served; a line is printed after every hundred.
+        checkpoint_path, config_path: the folder of the dataset's manifests, and its dataset.json. The old augmentation
+            function asks only whether there are such attributes; there are none when switched off.
     """
 
     checkpoint_path: str
@@ -109,18 +53,43 @@ class GenerativeAugmentationManager:
 
     def __init__(
         self,
-        checkpoint_dir: str | Path,
-        config: Any,
+        checkpoint_path: str | Path | None = None,
+        config: Any = None,
         device: Any = None,
         *,
+        base_dir: str | Path | None = None,
+        checkpoint_dir: str | Path | None = None,
         dataset: str | Path | Dataset | None = None,
         real: str | Path | Dataset | None = None,
         allow_leak: str | None = None,
         seed: int = 0,
     ) -> None:
-        self.checkpoint_dir = Path(checkpoint_dir)
-        self.config = config
+        """Open the dataset, unless the config is switched off.
+
+        Args:
+            checkpoint_path, base_dir, checkpoint_dir: where the old model was, by the name that the caller has for it
+                (third version, second version, guide); kept as `model_path`, and not looked into.
+            config: an AugmentationConfig, or the old system's own. Default: a new AugmentationConfig.
+            device: ignored.
+            dataset: accepted synthetic images: a dataset's name in the working directory, a path, or a Dataset.
+                Default: the environment's BUILDER_DATASET. One that was not filtered is served with a warning.
+            real: the real dataset (name, path or Dataset) whose held-out patients the generator must not have seen.
+                Default: the environment's BUILDER_REAL; without it nothing is checked, and a warning says so.
+            allow_leak: the reason to use the images in spite of it.
+            seed: of the order of the images, and of `should_generate`.
+
+        Raises:
+            BuilderError: no dataset is named, it is real or not complete, it lacks a phase that the config asks for, or
+                leaks; or the old model is named twice.
+        """
+        named = {"checkpoint_path": checkpoint_path, "base_dir": base_dir, "checkpoint_dir": checkpoint_dir}
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(given) > 1:
+            raise BuilderError(f"the old model is named twice, by {' and '.join(given)}", "give one of them")
+        self.model_path = Path(next(iter(given.values()))) if given else None
+        self.config = AugmentationConfig() if config is None else config
         self.device = device
+        self.served = ServedImages({phase.code: phase.name for phase in HEALING_PHASES})
         self._lock = threading.Lock()  # a Source is for one thread at a time
         self._own = threading.local()
         self._latest_phase: Any = None
@@ -128,13 +97,15 @@ class GenerativeAugmentationManager:
         self._warned: set[str] = set()
         self._source: Source | None = None
         self._orders: dict[str, _Order] = {}
+        self._codes: tuple[str, ...] = ()  # of the dataset's classes, by label
         if self._enabled(SWITCH):
             accepted = _accepted(dataset)
             _check(accepted, real, allow_leak)
             self._open(accepted, seed)
 
     def _open(self, dataset: Dataset, seed: int) -> None:
-        self._source = Source(dataset)
+        self._source, self._codes = Source(dataset), dataset.classes.codes
+        self.served = ServedImages({phase.code: phase.name for phase in dataset.classes})
         members = self._source.members(len(dataset.classes))
         for code, rows in zip(dataset.classes.codes, members, strict=True):
             if len(rows):
@@ -173,7 +144,7 @@ class GenerativeAugmentationManager:
         BuilderError for a modality or phase that is not known, or an image that cannot be read.
         """
         source = self._source
-        if source is None or not self._enabled(SWITCH) or not self._served(modality):
+        if source is None or not self._enabled(SWITCH) or not self._has_images_of(modality):
             return None
         code = _text(phase)
         if code not in self._orders:
@@ -192,18 +163,18 @@ class GenerativeAugmentationManager:
         images = np.zeros((count, height, width, 3), np.float32)
         top, left = (height - size) // 2, (width - size) // 2
         images[:, top : top + size, left : left + size] = pixels
-        images *= settings.get("max_value", 255.0) / 255.0
+        images *= white_of(self.config) / WHITE
+        self.served.add(code, count)
         return images.view(Images)
 
     def should_generate(self, modality: str) -> bool:
-        """Whether to generate now: the modality is enabled, `current_phase` is among the phases, and the dice say so.
+        """Whether to generate now: the switch is on, `current_phase` is among the phases, and the dice say so.
 
-        With probability `prob` of the config. False where the phase is not known, as before: with a warning where
-        TensorFlow only traces a graph, since then no image is ever mixed in.
+        The switch is that of depth_rgb, also for thermal_rgb. The probability is the config's `prob`. False where the
+        phase is not known, as before: with a warning where TensorFlow only traces a graph, since then no image is ever
+        mixed in.
         """
-        if self._source is None or not self._enabled(SWITCH):
-            return False
-        if not self._enabled(modality) or not self._served(modality):
+        if not self._is_on_for(modality):
             return False
         phase = _text(self.current_phase)
         if phase is None and self.current_phase is not None:
@@ -216,6 +187,48 @@ class GenerativeAugmentationManager:
         with self._lock:
             drawn = self._random.random()
         return drawn < float(self.config.generative_settings["prob"])
+
+    def mix(self, modality: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Replace some images of a batch by synthetic ones of the same phase, as often as the config says.
+
+        With probability `prob` a batch is mixed at all. Of one that is, a share drawn from `mix_ratio_range` is
+        replaced; the number is rounded up or down at random so that it is right on average. Images of phases that the
+        config leaves out, or of which the dataset has none, stay. `current_phase` is not asked.
+
+        Args:
+            modality: depth_rgb or thermal_rgb; of maps nothing is replaced.
+            images: real images, [N, H, W, 3].
+            labels: one-hot [N, classes], or labels [N], in the order of the dataset's classes.
+
+        Returns:
+            float32 [N, H, W, 3], and bool [N]: which of them are synthetic.
+
+        Raises:
+            BuilderError: labels do not fit the dataset's classes, or an image cannot be read.
+        """
+        mixed, replaced = np.array(images, np.float32), np.zeros(len(images), bool)
+        if not len(images) or not self._is_on_for(modality):
+            return mixed, replaced
+        codes = self._codes_of(labels)
+        settings = self.config.generative_settings
+        low, high = settings["mix_ratio_range"]
+        with self._lock:
+            if self._random.random() >= float(settings["prob"]):
+                return mixed, replaced
+            wanted = len(images) * self._random.uniform(float(low), float(high))
+            count = min(len(images), int(wanted + self._random.random()))
+            chosen = self._random.sample(range(len(images)), count)
+        height, width = images.shape[1:3]
+        phases = set(self._phases)
+        for code in sorted({codes[place] for place in chosen} & phases):
+            places = [place for place in chosen if codes[place] == code]
+            while places:
+                made = self.generate_images(modality, code, len(places), height, width)
+                if made is None:
+                    return mixed, replaced  # switched off in between
+                now, places = places[: len(made)], places[len(made) :]
+                mixed[now], replaced[now] = made, True
+        return mixed, replaced
 
     @property
     def current_phase(self) -> Any:
@@ -239,14 +252,40 @@ class GenerativeAugmentationManager:
 
     @property
     def _phases(self) -> list[str]:
-        wanted = self.config.generative_settings.get("phases", _old_setting("GENERATIVE_AUG_PHASES", None))
+        wanted = self.config.generative_settings.get("phases", old_setting("GENERATIVE_AUG_PHASES", None))
         return list(self._orders if wanted is None else wanted)
+
+    def _codes_of(self, labels: np.ndarray) -> list[str]:
+        """The phase of each label, which may be one-hot."""
+        classes, labels = self._codes, np.asarray(labels)
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            if labels.shape[1] != len(classes):
+                raise BuilderError(
+                    f"labels are one-hot of {labels.shape[1]} classes, the dataset has {', '.join(classes)}",
+                    "serve a dataset of the script's own classes",
+                )
+            labels = labels.argmax(1)
+        numbers = labels.reshape(len(labels)).astype(int).tolist()
+        if numbers and not 0 <= min(numbers) <= max(numbers) < len(classes):
+            raise BuilderError(
+                f"there is a label {max(numbers, key=abs)}, the dataset has {', '.join(classes)}",
+                "serve a dataset of the script's own classes",
+            )
+        return [classes[number] for number in numbers]
+
+    def _is_on_for(self, modality: str) -> bool:
+        """Whether images of this modality are mixed in; of a map that is switched on, a warning says that there are
+        none."""
+        _known(modality)
+        if self._source is None or not self._enabled(SWITCH) or (modality in MAPS and not self._enabled(modality)):
+            return False
+        return self._has_images_of(modality)
 
     def _enabled(self, modality: str) -> bool:
         _known(modality)
         return bool(self.config.modality_settings[modality]["generative_augmentations"]["enabled"])
 
-    def _served(self, modality: str) -> bool:
+    def _has_images_of(self, modality: str) -> bool:
         _known(modality)
         if modality in MAPS:
             self._warn_once(f"there are no synthetic images of {modality}: its real ones stay as they are")
@@ -258,18 +297,6 @@ class GenerativeAugmentationManager:
             self._warned.add(message)
         if first:
             warnings.warn(message, stacklevel=4)
-
-
-def GenerativeAugmentationCallback(gen_manager: GenerativeAugmentationManager | None) -> Any:  # noqa: N802 - old name
-    """A Keras callback that cleans up after training (of None: nothing). Needs TensorFlow, which the old script has."""
-    from tensorflow.keras.callbacks import Callback
-
-    class Cleanup(Callback):
-        def on_train_end(self, logs: Any = None) -> None:
-            if gen_manager is not None:
-                gen_manager.cleanup()
-
-    return Cleanup()
 
 
 class _Order:
@@ -353,17 +380,4 @@ def _text(value: Any) -> str | None:
     return str(value) if isinstance(value, str) else None
 
 
-def _old_setting(name: str, default: Any) -> Any:
-    return getattr(sys.modules.get(OLD_SETTINGS), name, default)
-
-
-def _regular(enabled: bool, *, rgb: bool) -> dict[str, Any]:
-    """The old system's photometric augmentation of real images, which its own code carries out."""
-    return {
-        "enabled": enabled,
-        "prob": 0.6,
-        "brightness": {"enabled": True, "max_delta": 0.6 if rgb else 0.4},
-        "contrast": {"enabled": True, "range": (0.6, 1.4)},
-        "saturation": {"enabled": True, "range": (0.6, 1.4)} if rgb else {"enabled": False},
-        "gaussian_noise": {"enabled": True, "stddev": 0.15 if rgb else 0.1},
-    }
+GenerativeAugmentationManagerSDXL = GenerativeAugmentationManager  # the third version's name
