@@ -40,3 +40,5 @@ class LineageEntry(Open):
     known: bool = False
     key_fingerprint: Short | None = None
     patients: list[Short] = NONE
+    patient_source: Short | None = None
+    patient_forms: list[Short] = NONE

@@ -18,6 +18,7 @@ from builder.phases import HEALING_PHASES, ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
+from tests.lineages import ALIKE
 
 settings.register_profile("untimed", deadline=None)  # a busy machine takes its time
 settings.load_profile("untimed")
@@ -65,7 +66,7 @@ def write_real(
         {
             "name": name, "state": "complete", "origin": "real", "created": "2026-01-01T00:00:00+00:00",
             "classes": classes.to_json(), "count": len(samples), "config": {}, "parent": None,
-            "lineage": {"known": True, "key_fingerprint": "test", "patients": []},
+            "lineage": {"known": True, "key_fingerprint": "test", "patients": [], **ALIKE},
             "licence": {"base": None, "data": "CC0"},
         }
     )  # fmt: skip
@@ -88,7 +89,7 @@ def save_tiny_checkpoint(path: Path) -> Path:
         classes=HEALING_PHASES,
         prompts={phase.code: phase.prompt for phase in HEALING_PHASES},
         original_sizes={"I": [20, 30], "P": [16], "R": [40]},
-        lineage=Lineage(True, "test", ["49" + f"{0:030x}"]),
+        lineage=Lineage(True, "test", ["49" + f"{0:030x}"], **ALIKE),
     )
     save_checkpoint(build(ARCHITECTURE, 16, 0), checkpoint)
     return path

@@ -32,6 +32,7 @@ from builder.mixing import (
 )
 from builder.shards.dataset import Dataset, resize
 from tests.conftest import Result, write_real
+from tests.lineages import ALIKE
 
 PER_PHASE = 5
 SIZE = 24
@@ -402,13 +403,14 @@ def test_phases_without_images_are_told_at_once(tmp_path: Path) -> None:
 
 def test_lineage_is_checked_against_the_real_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = write_real(tmp_path)
-    clean = write_synthetic(tmp_path, "clean", lineage={"known": True, "key_fingerprint": "test", "patients": []})
+    lineage = {"known": True, "key_fingerprint": "test", "patients": [], **ALIKE}
+    clean = write_synthetic(tmp_path, "clean", lineage=lineage)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         manage(clean, real=real)
     held_out = next(row["patient"] for row in real.table().to_pylist() if row["split"] == "test")
     leaky = write_synthetic(
-        tmp_path, "leaky", lineage={"known": True, "key_fingerprint": "test", "patients": [held_out]}
+        tmp_path, "leaky", lineage={"known": True, "key_fingerprint": "test", "patients": [held_out], **ALIKE}
     )
     with pytest.raises(BuilderError, match=f"trained on 1 patients that 'clinic' holds out: {held_out}"):
         manage(leaky, real=str(tmp_path / "shards" / "clinic"))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from builder.config import load_config
-from builder.crops.patients import PatientKey
 from builder.demo.base_dataset import KEY, ensure_base
+from builder.identity import PatientKey
 from builder.shards.dataset import Dataset
 from builder.shards.verify import verify_dataset
 from builder.training.views import AugmentedCrops, DrawnAhead

@@ -31,6 +31,7 @@ from builder.shards.verify import verify_dataset
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 from tests.acceptance import classify_controls
 from tests.conftest import Result, textured, write_real
+from tests.lineages import ALIKE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,7 @@ def write_synthetic(
             samples.append(Sample(image_row(key, code, classes.label(code), "synthetic", pixels), encode_png(pixels)))
     dataset = Dataset(name, Storage(root))
     write_shard(dataset.storage, name, 0, samples)
-    lineage = {"known": True, "key_fingerprint": "test", "patients": list(patients)}
+    lineage = {"known": True, "key_fingerprint": "test", "patients": list(patients), **ALIKE}
     dataset.write_info(
         {"name": name, "state": "complete", "origin": "synthetic", "classes": classes.to_json(),
          "count": len(samples), "lineage": lineage, "created": "2026-01-01T00:00:00+00:00"}

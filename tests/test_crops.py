@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import stat
 from collections import Counter
 from pathlib import Path
 
@@ -18,12 +17,11 @@ from builder.crops.boxes import read_boxes
 from builder.crops.cut import box_fault, clip, cut, decode, photograph_size, square_around
 from builder.crops.labels import Codes, read_labels
 from builder.crops.pack import PackRequest, pack
-from builder.crops.patients import KEY_VARIABLE, PatientKey, find_key, photograph_group
 from builder.crops.photographs import Photographs
 from builder.crops.split import split_patients
-from builder.crops.tables import patient_id
 from builder.demo.phantom_dataset import ensure_phantom
 from builder.errors import BuilderError
+from builder.identity import PatientKey, from_photograph
 from builder.images import open_mask
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset
@@ -325,53 +323,24 @@ def test_bad_label_names_file_and_line(tmp_path):
 # -- patients --------------------------------------------------------------------------------
 
 
-def test_hashes_are_hmac_sha256_under_the_key():
-    # RFC 4231, test case 2
-    assert PatientKey(b"Jefe", "").hash("what do ya want for nothing?") == "5bdcc146bf60754e6a042426089575c7"
-    assert PatientKey(b"Jefe", "").fingerprint != PatientKey(b"jefe", "").fingerprint
-    assert "Jefe" not in repr(PatientKey(b"Jefe", ""))
-
-
-def test_a_patients_number_has_one_spelling(tmp_path):
-    assert [patient_id(text) for text in ("7", "07", "7.0", "0", "P07", "1.5", "")] == [
-        "7", "7", "7", "0", "P07", "1.5", "",
-    ]  # fmt: skip
+def test_readers_hand_patients_on_as_they_are_written(tmp_path):
     photograph(tmp_path / "p" / "a.png")
     boxes = write(tmp_path / "b.csv", "file,xmin,ymin,xmax,ymax,patient\na.png,1,2,3,4,07\n")
-    assert read_boxes(boxes, Photographs(tmp_path / "p")).boxes[0].patient == "7"
-    labels = write(tmp_path / "l.csv", "file,label,patient\na.png,I,7.0\n")
-    assert read_labels(labels, Photographs(tmp_path / "p"), Codes(HEALING_PHASES)).patients == {"a.png": "7"}
-
-
-def test_key_is_made_once_and_kept_to_its_owner(tmp_path, monkeypatch):
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    storage = Storage(tmp_path / "out")
-    made = find_key(storage)
-    path = tmp_path / "out" / "patient.key"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert "newly made" in made.origin
-    assert find_key(storage).secret == made.secret
-    assert "newly made" not in find_key(storage).origin
-    monkeypatch.setenv(KEY_VARIABLE, "x" * 16)
-    assert find_key(storage).secret == b"x" * 16
-    assert find_key(storage, path).secret == made.secret
-    monkeypatch.setenv(KEY_VARIABLE, "short")
-    with pytest.raises(BuilderError, match=r"has 5 bytes"):
-        find_key(storage)
-    monkeypatch.delenv(KEY_VARIABLE)
-    with pytest.raises(BuilderError, match=r"cannot be read"):
-        find_key(storage, tmp_path / "none")
-    with pytest.raises(BuilderError, match=r"no patient key"):
-        find_key(Storage("memory://bucket"))
+    assert read_boxes(boxes, Photographs(tmp_path / "p")).boxes[0].patient == "07"
+    labels = write(tmp_path / "l.csv", "file,label,patient\na.png,I,7.0\na.png,I,Patient 7\n")
+    assert read_labels(labels, Photographs(tmp_path / "p"), Codes(HEALING_PHASES)).patients == {"a.png": "7.0"}
 
 
 def test_stand_ins_for_unknown_patients():
-    assert photograph_group("a/x_1.png", "photograph") != photograph_group("b/x_1.png", "photograph")
-    assert photograph_group("a/x_1.png", "^([a-z]+)_") == photograph_group("b/x_2.png", "^([a-z]+)_")
-    with pytest.raises(BuilderError, match=r"does not match a/1.png"):
-        photograph_group("a/1.png", "^([a-z]+)_")
+    key = PatientKey(KEY, "")
+    hashes = [from_photograph(f"{folder}/x_1.png", "photograph").hash(key) for folder in "ab"]
+    assert hashes[0] != hashes[1]
+    assert from_photograph("a/x_1.png", "^([a-z]+)_").hash(key) == from_photograph("b/x_2.png", "^([a-z]+)_").hash(key)
+    for pattern in ("^([a-z]+)_", r"^\d()", "(-)?"):
+        with pytest.raises(BuilderError, match=r"does not match a/1.png"):
+            from_photograph("a/1.png", pattern)
     with pytest.raises(BuilderError, match=r"not a regular expression"):
-        photograph_group("a/1.png", "(")
+        from_photograph("a/1.png", "(")
 
 
 # -- split --------------------------------------------------------------------------------
@@ -435,7 +404,7 @@ def test_pack_makes_every_box_a_crop_with_its_row(hospital, tmp_path):
     assert Counter(row["phase"] for row in rows) == {"I": 9, "P": 9, "R": 9}
     assert {row["key"] for row in rows} == {f"real-{code}-{n:08d}" for code in "IPR" for n in range(9)}
     key = PatientKey(KEY, "")
-    names = {key.hash(f"photograph {path.name}"): path.name for path in hospital.photographs.iterdir()}
+    names = {key.photograph(path.name): path.name for path in hospital.photographs.iterdir()}
     for row, pixels in real.images(rows):
         name = names[row["source"]]  # the name itself, which has the patient's number, is nowhere
         assert name.removesuffix(".png").encode() not in real.storage.read(row["shard"])
@@ -459,7 +428,10 @@ def test_pack_makes_every_box_a_crop_with_its_row(hospital, tmp_path):
     assert info["state"] == "complete"
     assert info["count"] == 27
     assert info["origin"] == "real"
-    assert info["lineage"] == {"known": True, "key_fingerprint": key.fingerprint, "patients": []}
+    assert info["lineage"] == {
+        "known": True, "key_fingerprint": key.fingerprint, "patients": [],
+        "patient_source": "column", "patient_forms": [key.form("7")],
+    }  # fmt: skip
     text = str(summary)
     assert "27 crops from 18 photographs" in text
     assert "longer side of the boxes" in text
@@ -587,7 +559,7 @@ def test_photograph_without_a_box(hospital, tmp_path):
         pack(changed(hospital, without_box="whole"), dataset(tmp_path, "whole"), progress=False)
     whole = changed(hospital, without_box="whole", group_by="photograph")
     assert pack(whole, dataset(tmp_path, "whole"), progress=False).count == 28
-    extra = PatientKey(KEY, "").hash("photograph extra.png")
+    extra = PatientKey(KEY, "").photograph("extra.png")
     row = next(row for row in dataset(tmp_path, "whole").table().to_pylist() if row["source"] == extra)
     assert row["box"] is None
     assert (row["phase"], row["width"], row["height"]) == ("R", 40, 40)

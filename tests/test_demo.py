@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from builder.config import load_config
-from builder.crops.patients import PatientKey
 from builder.demo.phantom_dataset import KEY, ensure_phantom
+from builder.identity import PatientKey
 from builder.mixing import MixedLoader
 from builder.models.checkpoint import DEMO, resolve
 from builder.phases import HEALING_PHASES

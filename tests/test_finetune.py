@@ -52,6 +52,7 @@ from builder.training.vae import to_model
 from builder.training.views import AugmentedCrops, DrawnAhead, View, WholeCrops, make_frame
 from tests.conftest import textured, write_real
 from tests.launched import torchrun
+from tests.lineages import ALIKE
 from tests.test_models import ARCHITECTURE
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def test_train_checkpoint_sample(
     assert (found.family, found.method, found.step, found.epoch) == (family, method, 4, 4 * 4 // 24)
     assert found.base["reference"] == str(bases[family])
     assert found.base["lineage"] == DECLARED
-    assert found.lineage == Lineage(True, "test", load_crops(clinic, SIZE).patients)
+    assert found.lineage == Lineage(True, "test", load_crops(clinic, SIZE).patients, **ALIKE)
     before, after = unet_weights(bases[family]), unet_weights(found.path)
     changed = {key.rpartition(".")[0] for key in before if not torch.equal(before[key], after[key])}
     if method == "lora":

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builder.crops.patients import PatientKey
 from builder.errors import BuilderError
+from builder.identity import PatientKey
 from builder.mixing import MixedLoader
 from builder.mixing.sources import Source
 from builder.phases import HEALING_PHASES, ClassTable, Phase
@@ -109,7 +109,11 @@ def test_tars_are_read_where_they_lie(tmp_path: Path, theirs: Path) -> None:
     assert not (tmp_path / "out/shards").exists()
     assert verify_dataset(dataset) == []
     assert check_dataset(dataset, fast=True).findings == []
-    assert dataset.info["lineage"] == {"known": False, "key_fingerprint": KEY.fingerprint, "patients": []}
+    lineage = dataset.info["lineage"]
+    assert (lineage["known"], lineage["key_fingerprint"], lineage["patients"]) == (False, KEY.fingerprint, [])
+    assert lineage["patient_source"] == "index"
+    said = [("patient", "anna"), ("patient", "7"), ("group", "g")]
+    assert lineage["patient_forms"] == sorted(KEY.seal([by, KEY.form(text)]) for by, text in said)
     source = Source(dataset)
     assert source.shards == [str(theirs / "a-0.tar"), str(theirs / "a-1.tar")]
     for row in range(5):
@@ -331,7 +335,8 @@ def test_our_own_tars_keep_the_hashes_of_their_patients(tmp_path: Path, clinic: 
     columns = ["key", "label", "patient", "split", "offset", "size", "sha256"]
     assert dataset.table(columns).equals(clinic.table(columns))
     assert summary.without == {"split": 0, "patient": 0}
-    assert dataset.info["lineage"] == {"known": False, "key_fingerprint": None, "patients": []}
+    nothing = {"patients": [], "patient_source": None, "patient_forms": []}
+    assert dataset.info["lineage"] == {"known": False, "key_fingerprint": None, **nothing}
 
 
 def test_patients_of_another_key_are_refused(tmp_path: Path) -> None:

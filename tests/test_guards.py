@@ -18,6 +18,7 @@ from builder.models.guards import GUARDS, before_job, before_training, leak_of_j
 from builder.phases import HEALING_PHASES, ClassTable, Phase
 from builder.shards.dataset import Dataset, find_dataset
 from tests.conftest import write_real
+from tests.lineages import ALIKE
 
 pytestmark = pytest.mark.usefixtures("references_once")
 
@@ -77,7 +78,7 @@ def a_config(*, prompt: str = PROMPTS["I"], guidance: float = 3.0, negative: str
 
 def a_checkpoint(**changed: Any) -> Checkpoint:
     settings: dict[str, Any] = {
-        "classes": HEALING_PHASES, "prompts": PROMPTS, "lineage": Lineage(True, "test", [TRAIN_PATIENT])
+        "classes": HEALING_PHASES, "prompts": PROMPTS, "lineage": Lineage(True, "test", [TRAIN_PATIENT], **ALIKE)
     }  # fmt: skip
     return Checkpoint(Path("checkpoints/mine"), **{**settings, **changed})
 
@@ -165,7 +166,7 @@ def test_other_prompts_than_those_of_training_are_said(real: Dataset) -> None:
 
 
 def test_figures_from_patients_that_were_trained_on_are_said(real: Dataset, tmp_path: Path) -> None:
-    seen = a_checkpoint(lineage=Lineage(True, "test", [TRAIN_PATIENT, VAL_PATIENT]))
+    seen = a_checkpoint(lineage=Lineage(True, "test", [TRAIN_PATIENT, VAL_PATIENT], **ALIKE))
     findings = before_job(a_config(), seen, real)
     assert names(findings) == ["train-overlap"] and "1 patients" in findings[0].what
     assert before_job(a_config(), a_checkpoint(), real) == []  # the panel's patients are meant to be trained on
@@ -209,7 +210,10 @@ def public(config: Config) -> Config:
 def test_a_job_leaks_by_patients_keys_and_ignorance(real: Dataset) -> None:
     assert leak_of_job(a_checkpoint(), real) is None
     for lineage, said in (
-        (Lineage(True, "test", [VAL_PATIENT]), "checkpoint 'mine' was trained on 1 patients that 'clinic' holds out"),
+        (
+            Lineage(True, "test", [VAL_PATIENT], **ALIKE),
+            "checkpoint 'mine' was trained on 1 patients that 'clinic' holds out",
+        ),
         (Lineage(), "the lineage of checkpoint 'mine' is unknown"),
         (Lineage(True, "other", []), "cannot be compared"),
     ):
@@ -221,13 +225,16 @@ def test_a_training_leaks_by_its_base(real: Dataset) -> None:
     assert leak_of_training(config, real, None) is None
     assert leak_of_training(config, real, a_checkpoint()) is None
     for lineage, said in (
-        (Lineage(True, "test", [VAL_PATIENT]), "the base 'mine' was trained on 1 patients that 'clinic' holds out"),
+        (
+            Lineage(True, "test", [VAL_PATIENT], **ALIKE),
+            "the base 'mine' was trained on 1 patients that 'clinic' holds out",
+        ),
         (Lineage(), "the lineage of the base 'mine' is unknown"),
     ):
         assert said in str(leak_of_training(config, real, a_checkpoint(lineage=lineage)))
     assert leak_of_training(public(config), real, a_checkpoint(lineage=Lineage())) is None
     assert leak_of_training(public(config), real, a_checkpoint(lineage=Lineage(True, "another site's", ["x"]))) is None
-    contradicted = a_checkpoint(lineage=Lineage(True, "test", [VAL_PATIENT]))
+    contradicted = a_checkpoint(lineage=Lineage(True, "test", [VAL_PATIENT], **ALIKE))
     assert "1 patients" in str(leak_of_training(public(config), real, contradicted))
 
 
@@ -251,7 +258,7 @@ def test_a_training_leaks_by_its_own_split(real: Dataset, tmp_path: Path) -> Non
 def leaking(tiny: Path, root: Path, lineage: Lineage | None = None) -> Path:
     target = root / "checkpoints" / "leaking"
     shutil.copytree(tiny, target)
-    lineage = lineage or Lineage(True, "test", [TRAIN_PATIENT, VAL_PATIENT])
+    lineage = lineage or Lineage(True, "test", [TRAIN_PATIENT, VAL_PATIENT], **ALIKE)
     write_description(dataclasses.replace(read_checkpoint(target), lineage=lineage), target)
     return target
 

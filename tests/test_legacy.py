@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builder.crops.patients import PatientKey
 from builder.errors import BuilderError
+from builder.identity import PatientKey
 from builder.models.checkpoint import Checkpoint, Lineage, read_checkpoint, resolve
 from builder.models.importing import Request, import_legacy, patients_of, unet_on_meta
 from builder.models.legacy import read_legacy
@@ -144,7 +144,8 @@ def test_what_is_recorded(base, tuned, tmp_path: Path) -> None:
         "train_loss": 0.08, "val_loss": 0.25, "fid": 189.5, "lpips_mean": 0.5, "images": 50, "best": True,
         "is_mean": None, "ssim_mean": None, "kid": 0.5, "big": 2.0,
     }  # fmt: skip
-    assert data["lineage"] == {"known": False, "key_fingerprint": None, "patients": []}
+    nothing = {"patients": [], "patient_source": None, "patient_forms": []}
+    assert data["lineage"] == {"known": False, "key_fingerprint": None, **nothing}
     assert data["prompts"] == PROMPTS
     assert data["original_sizes"] == {code: [16] for code in PROMPTS}
     assert data["config"]["sample"] == {"size": 16, "guidance": 4.0, "steps": 50, "negative_prompt": "blurry, text"}
@@ -555,10 +556,10 @@ def test_lineage_from_a_table_of_patients(base, tmp_path: Path) -> None:
     table.write_text("Patient#;Remark\n7;x\n07;again\n12.0;\n;no patient\n")
     foreign = replace(base, lineage=Lineage())
     lineage = patients_of(table, KEY, foreign)
-    assert lineage == Lineage(True, KEY.fingerprint, sorted([KEY.hash("7"), KEY.hash("12")]))
-    seen = replace(base, lineage=Lineage(True, KEY.fingerprint, ["0" * 32]))
+    assert lineage == Lineage(True, KEY.fingerprint, sorted([KEY.hash("7"), KEY.hash("12")]), "column", [KEY.form("7")])
+    seen = replace(base, lineage=Lineage(True, KEY.fingerprint, ["0" * 32], "column", [KEY.form("7")]))
     assert len(patients_of(table, KEY, seen).patients) == 3
-    with pytest.raises(BuilderError, match="another key"):
+    with pytest.raises(BuilderError, match="with different keys"):
         patients_of(table, KEY, base)
     table.write_text("Patient#\n\n")
     with pytest.raises(BuilderError, match="names no patient"):

@@ -27,6 +27,7 @@ from builder.shards.dataset import Dataset
 from builder.shards.lineage import INVENTED
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, manifest_path, tar_path, write_manifest, write_shard
+from tests.lineages import ALIKE
 
 CODES = HEALING_PHASES.codes
 KEY = "f" * 16
@@ -61,7 +62,7 @@ def make(
             samples.append(Sample(row, encode_png(pixels)))
     for number, start in enumerate(range(0, len(samples), per_shard)):
         write_shard(dataset.storage, name, number, samples[start : start + per_shard])
-    known = {"known": True, "key_fingerprint": KEY, "patients": ["p0"]}
+    known = {"known": True, "key_fingerprint": KEY, "patients": ["p0"], **ALIKE}
     dataset.write_info(
         {
             "name": name,
@@ -623,10 +624,12 @@ HELD_OUT = {"p0": "train", "p1": "val", **{f"p{n}": "test" for n in range(2, 9)}
 
 
 @pytest.mark.parametrize(("lineage", "message"), [
-    ({"known": True, "key_fingerprint": KEY, "patients": ["p0", "p1"]}, "1 patients that 'real' holds out: p1$"),
-    ({"known": True, "key_fingerprint": KEY, "patients": list(HELD_OUT)}, r"p1, p2, p3, p4, p5 and 3 more"),
+    ({"known": True, "key_fingerprint": KEY, "patients": ["p0", "p1"], **ALIKE},
+     "1 patients that 'real' holds out: p1$"),
+    ({"known": True, "key_fingerprint": KEY, "patients": list(HELD_OUT), **ALIKE}, r"p1, p2, p3, p4, p5 and 3 more"),
     ({"known": False, "key_fingerprint": None, "patients": []}, "the lineage of 'synth' is unknown"),
-    ({"known": True, "key_fingerprint": "0" * 16, "patients": []}, "cannot be compared: .* with different keys"),
+    ({"known": True, "key_fingerprint": "0" * 16, "patients": [], **ALIKE},
+     "cannot be compared: .* with different keys"),
     ({"known": True, "patients": []}, "cannot be compared"),
 ])  # fmt: skip
 def test_a_leak_is_refused_or_allowed_with_a_reason(tmp_path: Path, lineage: dict, message: str) -> None:
@@ -640,7 +643,7 @@ def test_a_leak_is_refused_or_allowed_with_a_reason(tmp_path: Path, lineage: dic
 
 def test_a_generator_that_saw_rendered_patients_alone_is_no_leak(tmp_path: Path) -> None:
     make(tmp_path, "real", dict.fromkeys(CODES, 9), splits=HELD_OUT)
-    lineage = {"known": True, "key_fingerprint": INVENTED, "patients": ["p1"]}
+    lineage = {"known": True, "key_fingerprint": INVENTED, "patients": ["p1"], **ALIKE}
     make(tmp_path, "synth", dict.fromkeys(CODES, 3), origin="synthetic", lineage=lineage)
     assert len(MixedLoader("real", "synth", out=str(tmp_path)))
 

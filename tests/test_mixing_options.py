@@ -21,6 +21,7 @@ from builder.mixing.first_batches import ENOUGH, FirstBatches
 from builder.mixing.mix import Mix
 from builder.mixing.ratio import RatioSchedule
 from builder.shards.writer import tar_path
+from tests.lineages import ALIKE
 from tests.test_mixing import CODES, class_counts, decks, epoch_keys, make, make_pair, synthetic_count
 
 pytestmark = pytest.mark.filterwarnings("ignore:synthetic images differ:UserWarning")
@@ -254,7 +255,7 @@ def test_two_datasets_of_one_name_and_other_sizes_are_refused(tmp_path: Path) ->
 def test_patients_of_another_dataset_may_be_held_out(tmp_path: Path) -> None:
     make(tmp_path, "real", dict.fromkeys(CODES, 3), splits={"p0": "train"})
     make(tmp_path, "judged", dict.fromkeys(CODES, 3), splits={"p1": "train", "p2": "test"})
-    known = {"known": True, "key_fingerprint": "f" * 16, "patients": ["p0", "p1"]}
+    known = {"known": True, "key_fingerprint": "f" * 16, "patients": ["p0", "p1"], **ALIKE}
     make(tmp_path, "synth", dict.fromkeys(CODES, 3), origin="synthetic", lineage=known)
     for dataset in ("real", "judged"):
         dataset_info = json.loads((tmp_path / f"manifests/{dataset}/dataset.json").read_text())

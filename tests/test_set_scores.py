@@ -34,6 +34,7 @@ from builder.shards.schema import STAMP
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_manifest, write_shard
 from tests.conftest import textured, write_real
+from tests.lineages import ALIKE
 
 FEATURES = "tests.test_set_scores:tiny_network"
 PLAIN = Naming("tiny", standard=False)
@@ -92,7 +93,7 @@ def write_synthetic(
         {
             "name": name, "state": "complete", "origin": "synthetic", "created": "2026-01-02T00:00:00+00:00",
             "classes": HEALING_PHASES.to_json(), "count": len(samples), "config": {}, "parent": None,
-            "lineage": lineage or {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{0:030x}"]},
+            "lineage": lineage or {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{0:030x}"], **ALIKE},
         }
     )  # fmt: skip
     return dataset
@@ -527,8 +528,11 @@ def test_features_that_are_not_finite_are_refused(real: Dataset, tmp_path: Path)
 
 LEAKS = [
     ({"known": False, "key_fingerprint": None, "patients": []}, "the lineage of 'made' is unknown"),
-    ({"known": True, "key_fingerprint": "other", "patients": []}, "cannot be compared"),
-    ({"known": True, "key_fingerprint": "test", "patients": ["49" + f"{4:030x}"]}, "was trained on 1 patients"),
+    ({"known": True, "key_fingerprint": "other", "patients": [], **ALIKE}, "cannot be compared"),
+    (
+        {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{4:030x}"], **ALIKE},
+        "was trained on 1 patients",
+    ),
 ]
 
 
@@ -546,7 +550,7 @@ def test_a_leak_is_refused_or_stamped_into_the_result(
 
 
 def test_what_keeps_patients_from_being_compared_is_named(real: Dataset, tmp_path: Path) -> None:
-    synthetic = write_synthetic(tmp_path, lineage={"known": True, "key_fingerprint": None, "patients": []})
+    synthetic = write_synthetic(tmp_path, lineage={"known": True, "key_fingerprint": None, "patients": [], **ALIKE})
     assert "no key is recorded" in str(find_leak(synthetic, real))
     table = real.shard_table(0)
     place, field = table.schema.get_field_index("patient"), table.schema.field("patient")
@@ -566,7 +570,7 @@ def test_two_datasets_of_one_name_in_two_folders(real: Dataset, tmp_path: Path) 
 
 
 def test_a_patient_of_the_other_held_out_split_is_no_leak_of_this_one(real: Dataset, tmp_path: Path) -> None:
-    seen = {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{5:030x}"]}  # of test
+    seen = {"known": True, "key_fingerprint": "test", "patients": ["49" + f"{5:030x}"], **ALIKE}  # of test
     synthetic = write_synthetic(tmp_path, lineage=seen)
     assert "saw no patient of the val split" in scored(synthetic, real)["lineage"]
     with pytest.raises(BuilderError, match="trained on 1 patients"):

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.config import Config, ModelConfig, SampleConfig, TrainConfig, VaeTrainConfig
-from builder.crops.patients import PatientKey
 from builder.demo.phantom_dataset import KEY
 from builder.errors import BuilderError
+from builder.identity import PatientKey
 from builder.models.checkpoint import Lineage, read_checkpoint, resolve
 from builder.models.load import load_pipeline
 from builder.models.sdxl import build
@@ -45,6 +45,7 @@ from builder.training.vae import (
 )
 from builder.training.views import View, WholeCrops
 from tests.conftest import write_real
+from tests.lineages import ALIKE
 from tests.test_models import ARCHITECTURE
 
 CPU = torch.device("cpu")
@@ -486,14 +487,19 @@ def test_a_size_that_the_base_cannot_make_is_refused(finished: Path, clinic: Dat
 @pytest.mark.parametrize(
     ("data", "patients", "base", "known"),
     [
-        ({"known": True, "key_fingerprint": "k"}, ["a"], None, True),
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], None, True),
         ({"known": False, "key_fingerprint": "k"}, ["a"], None, False),
-        ({"known": True, "key_fingerprint": "k"}, [], None, False),  # a crop without a patient
-        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, "k", ["b"]), True),
-        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, None, []), True),  # of no patients at all
-        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, None, ["b"]), False),
-        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(True, "other", ["b"]), False),
-        ({"known": True, "key_fingerprint": "k"}, ["a"], Lineage(), False),
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, [], None, False),  # a crop without a patient
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], Lineage(True, "k", ["b"], **ALIKE), True),
+        (
+            {"known": True, "key_fingerprint": "k", **ALIKE},
+            ["a"],
+            Lineage(True, None, []),
+            True,
+        ),  # of no patients at all
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], Lineage(True, None, ["b"]), False),
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], Lineage(True, "other", ["b"]), False),
+        ({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], Lineage(), False),
     ],
 )
 def test_lineage_is_known_when_everything_is(
@@ -508,8 +514,8 @@ def test_lineage_is_known_when_everything_is(
 def test_rendered_patients_of_a_base_are_nobodys() -> None:
     """Fine-tuning the shipped checkpoint on a site's own crops leaves the site's lineage."""
     base = Lineage(True, INVENTED, ["rendered"])
-    own = join_lineage({"known": True, "key_fingerprint": "k"}, ["a"], base)
-    assert own == Lineage(True, "k", ["a"])
+    own = join_lineage({"known": True, "key_fingerprint": "k", **ALIKE}, ["a"], base)
+    assert own == Lineage(True, "k", ["a"], **ALIKE)
     phantom = join_lineage({"known": True, "key_fingerprint": INVENTED}, ["a"], base)
     assert phantom.patients == ["a", "rendered"]  # beside other phantoms they may well be held out
     assert PatientKey(KEY, "").fingerprint == INVENTED

@@ -22,6 +22,7 @@ from builder.quality.sets.tune import ALL, NONE, draw, equal_sizes, make_cuts, p
 from builder.shards.criteria import Criteria, Range, judge
 from builder.shards.dataset import Dataset
 from tests.conftest import Result, write_real
+from tests.lineages import ALIKE
 from tests.test_filter import made_up_reference, with_scores
 
 GATE = (Range("sharpness", low=0.2, reason="gate"),)
@@ -53,7 +54,7 @@ def pair(tmp_path: Path) -> tuple[Dataset, Dataset]:
             "copy_score": [0.3] * 72,
         },
     )
-    lineage = {"known": True, "key_fingerprint": "test", "patients": []}
+    lineage = {"known": True, "key_fingerprint": "test", "patients": [], **ALIKE}
     made.write_info(made.info | {"origin": "synthetic", "lineage": lineage})
     save_reference(made, made_up_reference())
     return made, real

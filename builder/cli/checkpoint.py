@@ -123,7 +123,7 @@ def import_(
 
     lineage = Lineage()
     if trained_on is not None:
-        from builder.crops.patients import find_key
+        from builder.identity import find_key
         from builder.shards.storage import Storage
 
         lineage = patients_of(trained_on, find_key(Storage(out), key_file), found)

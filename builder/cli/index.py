@@ -37,7 +37,7 @@ def index(
     from functools import cache
 
     from builder.config import load_config
-    from builder.crops.patients import find_key
+    from builder.identity import find_key
     from builder.progress import progress
     from builder.shards.compact import keep_in_step
     from builder.shards.dataset import Dataset

@@ -165,7 +165,7 @@ def read_box_csv(
                 source.missing.append(f"{where}: {cells['file'] or 'no file name'}")
                 continue
             edges = edges_of(four, layout[0], where)
-            patient = tables.patient_id(cells.get("patient", ""))
+            patient = cells.get("patient", "")
             number = tables.box_number(cells.get("number", ""))
             extent = extent_of(cells.get("photowidth"), cells.get("photoheight"))
             source.has_labels |= bool(cells.get("label"))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.crops import tables
 from builder.crops.boxes import Box, BoxSource, extent_of
 from builder.crops.columns import CORNER_AND_SIZE, ROLES, looks_like_patient, plain
 from builder.crops.layouts import edges_of
@@ -78,7 +77,7 @@ def read_coco(
             edges = edges_of(_bbox(annotation, where), CORNER_AND_SIZE, where)
             seen[name] += 1
             label = category if source.has_labels else ""
-            patient = tables.patient_id(keys.patient(image) or keys.patient(annotation))
+            patient = keys.patient(image) or keys.patient(annotation)
             extent = extent_of(image.get("width"), image.get("height"))
             source.boxes.append(Box(name, *edges, where, str(seen[name]), label, patient, extent))
     source.names_patients, source.unclear = keys.found, keys.unclear

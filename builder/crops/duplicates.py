@@ -84,8 +84,8 @@ def join_copies(
     groups = [packed for group in copies if len(packed := [name for name in group if name in plan.patients]) > 1]
     for group in groups:
         told = [name for name in group if name not in stand_ins or group_by != "photograph"]
-        if len({plan.patients[name] for name in told}) > 1:
-            listed = ", ".join(sorted({str(plan.patients[name]) for name in told}))
+        if len({plan.patients[name].spelling for name in told}) > 1:
+            listed = ", ".join(sorted({plan.patients[name].text for name in told}))
             problems.add(
                 f"{' and '.join(group)} are the same photograph (equal bytes), but of several patients: {listed}",
                 "keep one of them, with its right patient: a photograph in two splits would leak",

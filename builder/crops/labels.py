@@ -11,6 +11,7 @@ from builder.crops import tables
 from builder.crops.photographs import Photographs
 from builder.crops.problems import Problems
 from builder.errors import BuilderError
+from builder.identity import normalise
 from builder.phases import ClassTable
 
 
@@ -138,8 +139,8 @@ def _add(
     if photograph is None:
         labels.unused += 1
         return
-    patient = tables.patient_id(cells.get("patient", ""))
-    if patient and labels.patients.setdefault(photograph, patient) != patient:
+    patient = cells.get("patient", "")
+    if normalise(patient) and normalise(labels.patients.setdefault(photograph, patient)) != normalise(patient):
         problems.add(f"{where}: {cells['file']} belongs to two patients", "a photograph is of one; mend the table")
     if cells["label"]:
         place = (photograph, tables.box_number(cells.get("number", "")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -15,11 +14,11 @@ from tqdm import tqdm
 from builder import __version__
 from builder.config import CropsConfig, fingerprint
 from builder.crops.cut import BadPhotographError, cut, decode
-from builder.crops.patients import PatientKey, find_key, photograph_group
 from builder.crops.plan import PackRequest, Plan, PlannedCrop, make_plan, require_all_phases
 from builder.crops.split import split_patients
 from builder.crops.summary import PackSummary, Tally
 from builder.errors import BuilderError
+from builder.identity import COLUMN, PatientKey, find_key, given_key, lineage_of
 from builder.shards.dataset import Dataset
 from builder.shards.lock import exclusive
 from builder.shards.whole import all_or_nothing
@@ -39,24 +38,22 @@ def pack(request: PackRequest, dataset: Dataset, progress: bool = True) -> PackS
         BuilderError: a mistake in the input (see plan.make_plan), or a dataset of that name made from other input.
     """
     plan = make_plan(request, progress)
-    key = (
-        PatientKey(request.key, "given by the program")
-        if request.key is not None
-        else find_key(dataset.storage, request.key_file)
-    )
-    patients = {name: key.hash(patient) for name, patient in plan.patients.items()}
+    key = given_key(request.key) if request.key is not None else find_key(dataset.storage, request.key_file)
+    patients = {name: patient.hash(key) for name, patient in plan.patients.items()}
+    # Printed, and not stored: where a key lies is nobody else's business.
+    details = [f"patients are hashed with the key of fingerprint {key.fingerprint}: {key.origin}", *plan.details]
     splits = _split(plan, patients, request.crops)
     inputs = _inputs(request, plan, patients, key)
-    info = {"name": dataset.name, **_info(request, key, inputs)}
+    info = {"name": dataset.name, **_info(request, plan, key, inputs)}
     with exclusive(dataset):
         if dataset.exists() and (existing := _existing(dataset, inputs)):
-            existing.details = plan.details
+            existing.details = details
             return existing
         with all_or_nothing(dataset):
             dataset.write_info({**info, "state": "partial", "count": 0})
             summary = _write(request, dataset, plan, patients, splits, key, progress)
             dataset.write_info({**info, "state": "complete", "count": summary.count, "summary": summary.to_json()})
-    summary.details = plan.details
+    summary.details = details
     return summary
 
 
@@ -71,14 +68,18 @@ def _split(plan: Plan, patients: dict[str, str], crops: CropsConfig) -> dict[str
 
 
 def _inputs(request: PackRequest, plan: Plan, patients: dict[str, str], key: PatientKey) -> dict[str, Any]:
-    """What decides the pixels and rows, by name. Photographs count by path and length in bytes, not by content."""
+    """What decides the pixels and rows, by name. Photographs count by path and length in bytes, not by content.
+
+    What is made of names is sealed with the key: from plain hashes, somebody with a list of names could tell which of
+    them are in the dataset.
+    """
     photographs = [[name, plan.photographs.path(name).stat().st_size] for name in plan.photographs.names]
     crops = [[name, crop.box, crop.phase] for name, planned in plan.crops.items() for crop in planned]
     return {
         "classes": request.classes.to_json(),
-        "photographs": fingerprint({"photographs": photographs}),
-        "boxes and labels": fingerprint({"crops": crops}),
-        "patients": fingerprint(patients),
+        "photographs": key.seal(photographs),
+        "boxes and labels": key.seal(crops),
+        "patients": key.seal([patients, request.group_by]),
         "patient key": key.fingerprint,
         "crops": vars(request.crops),
         "size": request.freeze_size,
@@ -96,6 +97,12 @@ def _existing(dataset: Dataset, inputs: dict[str, Any]) -> PackSummary | None:
         raise BuilderError(f"dataset '{dataset.name}' exists, and was not made by `builder pack`", remedy)
     if info["state"] != "complete":
         return None
+    if "patient_source" not in info["lineage"]:
+        raise BuilderError(
+            f"dataset '{dataset.name}' exists, packed by an earlier version: its order and fingerprints can be traced "
+            "to the names of photographs, and its patients cannot be compared with others'",
+            f"{remedy}, and pack it again",
+        )
     if info["fingerprint"] != fingerprint(inputs):
         changed = [
             name for name in inputs if fingerprint({"": inputs[name]}) != fingerprint({"": info["inputs"].get(name)})
@@ -108,7 +115,8 @@ def _existing(dataset: Dataset, inputs: dict[str, Any]) -> PackSummary | None:
     return summary
 
 
-def _info(request: PackRequest, key: PatientKey, inputs: dict[str, Any]) -> dict[str, Any]:
+def _info(request: PackRequest, plan: Plan, key: PatientKey, inputs: dict[str, Any]) -> dict[str, Any]:
+    stand_ins = sorted({patient.source for patient in plan.patients.values()} - {COLUMN})
     return {
         "origin": "real",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,14 +126,10 @@ def _info(request: PackRequest, key: PatientKey, inputs: dict[str, Any]) -> dict
             "crops": vars(request.crops),
             "shards": {"images_per_shard": request.images_per_shard},
         },
-        "group_by": request.group_by,
+        "group_by": " and ".join(stand_ins) or None,
         "inputs": inputs,
         "fingerprint": fingerprint(inputs),
-        "lineage": {
-            "known": True,
-            "key_fingerprint": key.fingerprint,
-            "patients": [],
-        },  # a crop's patient is in its row
+        "lineage": lineage_of(key, plan.patients.values()),
         "parent": None,
         "licence": {"base": None, "data": request.licence},
         "versions": {"builder": __version__, "pillow": PIL.__version__, "numpy": np.__version__},
@@ -161,8 +165,7 @@ def _write(
     with bar:
         write_shards(dataset.storage, dataset.name, counted(), request.images_per_shard)
     require_all_phases(request.classes, tally.phases)
-    notes = [f"patients are hashed with the key of fingerprint {key.fingerprint}: {key.origin}", *plan.notes]
-    return tally.summary(dataset.name, len(photographs), plan.skipped, notes)
+    return tally.summary(dataset.name, len(photographs), plan.skipped, plan.notes)
 
 
 def _samples(
@@ -170,10 +173,11 @@ def _samples(
 ) -> Iterator[tuple[str, PlannedCrop, dict[str, Any], bytes]]:
     """Photograph, planned crop, row and payload of every crop, each photograph decoded once.
 
-    Photographs come in an order drawn from their names, so that every shard mixes patients and phases.
+    Photographs come in an order drawn from their names and the key, so that every shard mixes patients and phases,
+    and nobody without the key knows which photograph a row is of.
     """
     indices: Counter[str] = Counter()
-    for name in sorted(plan.crops, key=lambda name: hashlib.sha256(f"order {name}".encode()).digest()):
+    for name in sorted(plan.crops, key=site.order):
         try:
             photograph = decode(plan.photographs.path(name), max_pixels=request.max_pixels)
         except BadPhotographError:
@@ -195,7 +199,7 @@ def _samples(
                 **image_row(key, planned.phase, request.classes.label(planned.phase), "real", crop.pixels),
                 "patient": patients[name],
                 "split": splits[patients[name]],
-                "source": site.hash(photograph_group(name, "photograph")),  # its name often tells the patient
+                "source": site.photograph(name),
                 "box": list(crop.box) if crop.box else None,
                 "original_size": list(crop.original_size),
             }

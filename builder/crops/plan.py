@@ -16,12 +16,12 @@ from builder.crops.columns import require_known_columns
 from builder.crops.cut import BadPhotographError, Edges, clip, photograph_size
 from builder.crops.duplicates import drop_repeated_boxes, identical_files, join_copies
 from builder.crops.labels import Codes, LabelFile, read_labels
-from builder.crops.patients import photograph_group
 from builder.crops.photographs import Photographs, heif_remedy, is_folder
 from builder.crops.plausibility import fault_of
 from builder.crops.problems import Problems
 from builder.crops.units import Unit, boxes_in_pixels
 from builder.errors import BuilderError
+from builder.identity import COLUMN, Patient, from_photograph, normalise
 from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import HEALING_PHASES, ClassTable
 
@@ -43,7 +43,7 @@ class PackRequest:
     skip_bad: leave out and count unreadable photographs and unusable boxes, rather than stop at the first.
     freeze_size: scale every crop to this side, px; None keeps native resolution up to crops.max_size.
     group_by: stands in for unknown patients: 'photograph', or a regular expression on the file name.
-    key, key_file: the secret of the patients' hashes; see patients.find_key.
+    key, key_file: the secret of the patients' hashes; see identity.find_key.
     model_size: px of the model that the crops are meant for; crops under half of it are counted. None counts none.
     licence: under which the data may be used; recorded.
     max_pixels: photographs and masks of more pixels are refused.
@@ -93,12 +93,13 @@ class PlannedCrop:
 class Plan:
     """Crops by photograph, the patient (as written, not yet hashed) of each photograph, and what was left out.
 
+    notes, skipped: go into dataset.json, so no name of a photograph or patient may stand in them.
     details: what the user should see and check, with names of files and folders; only printed, never stored.
     """
 
     photographs: Photographs
     crops: dict[str, list[PlannedCrop]] = field(default_factory=dict)
-    patients: dict[str, str] = field(default_factory=dict)
+    patients: dict[str, Patient] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
@@ -250,9 +251,15 @@ def _count_unused(
 def _note_patients(plan: Plan, request: PackRequest, stand_ins: set[str]) -> None:
     if stand_ins:
         plan.notes.append(
-            f"patients unknown: {len(stand_ins)} photographs are grouped by {request.group_by}; "
+            f"patients unknown: {len(stand_ins)} photographs are grouped by "
+            f"{'photograph' if request.group_by == 'photograph' else 'a pattern of their names'}; "
             "near-copies may be in two splits"
         )
+        if len(stand_ins) < len(plan.patients):
+            plan.notes.append(
+                "some patients stand in the tables and some are grouped: one may be in two splits, so that no training "
+                "on this dataset can be known not to leak; fill the patient column"
+            )
     elif request.group_by is not None:
         plan.notes.append("--group-by was not needed: the patients stand in the tables")
 
@@ -332,25 +339,26 @@ class _Asked:
             f"no label for {described}", "sort the photographs into folders named by phase, or give --labels"
         )
 
-    def patient(self, name: str, boxes: list[Box]) -> str | None:
+    def patient(self, name: str, boxes: list[Box]) -> Patient | None:
         """The patient that the box file or the label file names, or None."""
-        known = {box.patient for box in boxes if box.patient}
+        written = [box.patient for box in boxes]
         if self.labels is not None and name in self.labels.patients:
-            known.add(self.labels.patients[name])
+            written.append(self.labels.patients[name])
+        known = {normalise(text): text for text in reversed(written) if normalise(text)}
         if len(known) > 1:
-            listed = ", ".join(sorted(known))
+            listed = ", ".join(sorted(known.values()))
             raise BuilderError(
                 f"the photograph {self.photographs.path(name)} belongs to several patients: {listed}", "mend the tables"
             )
-        return known.pop() if known else None
+        return Patient(known.popitem()[1], COLUMN) if known else None
 
-    def stand_in(self, name: str) -> str:
+    def stand_in(self, name: str) -> Patient:
         """What stands for the unknown patient of a photograph."""
         request = self.request
         if request.group_by is not None:
-            return photograph_group(name, request.group_by)
+            return from_photograph(name, request.group_by)
         if "patient" in self.source.unclear or (self.labels is not None and "patient" in self.labels.unclear):
-            return ""  # which column it is was noted as a mistake already
+            return Patient("", COLUMN)  # which column it is was noted as a mistake already
         if self.source.names_patients or (self.labels is not None and self.labels.names_patients):
             raise BuilderError(
                 f"the patient of {self.photographs.path(name)} is unknown: no row of it names one",

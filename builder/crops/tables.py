@@ -189,12 +189,6 @@ def box_number(text: str) -> str:
         return text
 
 
-def patient_id(text: str) -> str:
-    """One spelling for a patient's number, as spreadsheets change it: '7', '07' and '7.0' are the same patient."""
-    number = re.fullmatch(r"0*(\d+)(\.0+)?", text)
-    return number.group(1) if number else text
-
-
 def _first_rows(text: str, separator: str) -> Iterator[list[str]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     for _ in range(HEADER_WITHIN):

@@ -19,9 +19,9 @@ from PIL import Image
 from builder import __version__
 from builder.config import fingerprint, load_config
 from builder.crops.cut import cut
-from builder.crops.patients import PatientKey
 from builder.demo.patients import ANGLES, make_patient
 from builder.demo.phantom import JPEG_QUALITY, render_photograph
+from builder.identity import PatientKey
 from builder.phases import ClassTable, Phase
 from builder.progress import progress
 from builder.shards.dataset import Dataset

@@ -32,11 +32,17 @@ CHOICES = "RUN:best, RUN:latest, RUN:epoch=30, RUN:step=1200"
 
 @dataclass(frozen=True)
 class Lineage:
-    """The patients a generator has seen. `known` is False when nobody can say; then any reference might leak."""
+    """The patients a generator has seen. `known` is False when nobody can say; then any reference might leak.
+
+    patients: keyed hashes, sorted. patient_source, patient_forms: what stood for the patients and how their ids are
+    built, as in dataset.json (see identity.lineage_of); None where an earlier version did not record it.
+    """
 
     known: bool = False
     key_fingerprint: str | None = None
-    patients: list[str] = field(default_factory=list)  # keyed hashes, sorted
+    patients: list[str] = field(default_factory=list)
+    patient_source: str | None = None
+    patient_forms: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,18 @@ def leak_of_training(config: Config, real: Dataset, base: Checkpoint | None) -> 
     What can't be known not to leak is a leak as well. A base that the config calls public has seen no patient of
     ours, unless its own lineage says otherwise.
     """
+    from builder.identity import incomparable
     from builder.shards.lineage import HELD_OUT, first_few, leak_of, patients_of
 
     trained = patients_of(real, ("train",))
-    if None in trained or not (real.info.get("lineage") or {}).get("known"):
+    lineage = real.info.get("lineage") or {}
+    if None in trained or not lineage.get("known"):
         return f"patients of '{real.name}' are unknown: those that it holds out may stand in its training split too"
     held_out = patients_of(real, HELD_OUT)
     if shared := sorted(trained & held_out):
         return f"{len(shared)} patients of '{real.name}' are both trained on and held out: {first_few(shared)}"
+    if why := incomparable(lineage, f"the training split of '{real.name}'", lineage, "those that it holds out"):
+        return why
     if base is None:
         return None
     if config.model.base_lineage == "public" and not held_out & set(base.lineage.patients):

@@ -17,8 +17,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from builder.crops import tables
-from builder.crops.patients import PatientKey
 from builder.errors import BuilderError
+from builder.identity import COLUMN, Patient, PatientKey, incomparable, joined_forms, lineage_of, normalise
 from builder.models.checkpoint import Checkpoint, Lineage, new_folder, save_adapter, write_description
 from builder.models.history import History, read_legacy_history
 from builder.models.legacy import (
@@ -153,18 +153,17 @@ def _linked(source: Path, target: Path) -> bool:
 def patients_of(file: Path, key: PatientKey, base: Checkpoint) -> Lineage:
     """The lineage that a CSV with a column `patient` (or `patient#`) states: its patients' hashes, and the base's.
 
-    Raises BuilderError when the table has no patient, or the base's patients are hashed with another key.
+    Raises BuilderError when the table has no patient, or the base's patients can't be compared with them.
     """
-    patients = {key.hash(tables.patient_id(patient)) for patient in tables.read_column(file, "patient")}
+    patients = [Patient(text, COLUMN) for text in tables.read_column(file, "patient") if normalise(text)]
     if not patients:
         raise BuilderError(f"{file} names no patient", "write one patient a line under the header 'patient'")
-    if base.lineage.patients and base.lineage.key_fingerprint != key.fingerprint:
-        raise BuilderError(
-            f"the patients of the base '{base.name}' are hashed with another key "
-            f"({base.lineage.key_fingerprint}, here {key.fingerprint})",
-            "give the same --key-file, or leave --trained-on out: the lineage is then unknown",
-        )
-    return Lineage(True, key.fingerprint, sorted(patients | set(base.lineage.patients)))
+    stated, before = lineage_of(key, patients), dataclasses.asdict(base.lineage)
+    if base.lineage.patients and (why := incomparable(before, f"the base '{base.name}'", stated, str(file))):
+        raise BuilderError(why, "give the same --key-file, or leave --trained-on out: the lineage is then unknown")
+    hashes = {patient.hash(key) for patient in patients} | set(base.lineage.patients)
+    stated |= {"patients": sorted(hashes), "patient_forms": joined_forms(before, stated)}
+    return Lineage(**stated)
 
 
 def _require_base(own: State, base: Checkpoint, where: str) -> None:

@@ -15,13 +15,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import braceexpand
 import pyarrow.compute as pc
 
 from builder.config import fingerprint
 from builder.errors import BuilderError
+from builder.identity import INDEX, Patient, PatientKey, lineage_of, normalise
 from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset
@@ -36,18 +37,10 @@ from builder.shards.writer import INDEXED, image_row, manifest_path, write_manif
 
 SAYS = (".cls", ".json", ".txt")  # members that say something of the image of the same stem
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-PATIENT = ("patient", "patient_id", "group")  # in a .json; the first that is there
+PATIENT = {"patient": "patient", "patient_id": "patient", "group": "group"}  # in a .json, the first; what it names
 OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already, as HASHED
 HASHED = re.compile("[0-9a-f]{32}")
-
-
-class PatientKey(Protocol):
-    """The site's secret, as crops.patients has it."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def hash(self, patient: str) -> str: ...
+PATIENT_KEY, PATIENT_FORMS = "patient_key", "patient_forms"  # in the metadata of a manifest
 
 
 @dataclass(frozen=True)
@@ -151,7 +144,9 @@ def _not_indexed(dataset: Dataset, tars: Sequence[str]) -> dict[str, int]:
     numbers, stamps = {}, {}
     for number, metadata in dataset.metadatas():
         tar = metadata[INDEXED]
-        numbers[tar], stamps[tar] = number, (int(metadata["tar_bytes"]), metadata["tar_stamp"])
+        numbers[tar] = number
+        if metadata.get(PATIENT_KEY, "unknown") == "unknown" or PATIENT_FORMS in metadata:  # else of an earlier version
+            stamps[tar] = int(metadata["tar_bytes"]), metadata["tar_stamp"]
     gone = sorted(numbers.keys() - set(tars))
     if gone:
         raise BuilderError(
@@ -164,7 +159,7 @@ def _not_indexed(dataset: Dataset, tars: Sequence[str]) -> dict[str, int]:
     for tar in tars:
         if tar not in numbers:
             numbers[tar], free = free, free + 1
-    return {tar: numbers[tar] for tar in tars if tar not in now or now[tar] != stamps[tar]}
+    return {tar: numbers[tar] for tar in tars if tar not in now or now[tar] != stamps.get(tar)}
 
 
 def _info(urls: Sequence[str], dataset: Dataset, description: Description) -> dict[str, Any]:
@@ -209,7 +204,7 @@ def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list
     rows = [_described(row, said[key], tar, description) for key, row in found.items()]
     metadata = {"tar_sha256": digest, "tar_bytes": str(stamp[0]), "tar_stamp": stamp[1], INDEXED: tar}
     if any(row["patient"] for row in rows):
-        metadata["patient_key"] = _fingerprint(said.values(), description)
+        metadata |= _identity(said.values(), description)
     return rows, metadata, turned
 
 
@@ -271,11 +266,12 @@ def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, descrip
     if split is not None and str(split).lower() not in SPLITS:
         raise BuilderError(f"{where} is of the split {split!r}", f"the splits are {', '.join(SPLITS)}")
     patient = _patient(told)
-    if patient is not None and not (told.keys() >= OURS and HASHED.fullmatch(patient)):
-        patient = description.find_key().hash(patient)
+    hashed: str | None = None
+    if patient is not None:
+        hashed = patient.text if _is_hashed(told, patient) else patient.hash(description.find_key())
     return {
         **row, "phase": phase, "label": description.classes.label(phase), "origin": description.origin,
-        "split": None if split is None else SPLITS[str(split).lower()], "patient": patient,
+        "split": None if split is None else SPLITS[str(split).lower()], "patient": hashed,
     }  # fmt: skip
 
 
@@ -288,15 +284,30 @@ def _json(said: Mapping[str, bytes], where: str) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _patient(told: Mapping[str, Any]) -> str | None:
-    named = (told[name] for name in PATIENT if told.get(name) not in (None, ""))
-    return next((str(patient) for patient in named), None)
+def _patient(told: Mapping[str, Any]) -> Patient | None:
+    """The patient as it is written; None where nothing names one."""
+    named = (Patient(str(told[name]), INDEX, means) for name, means in PATIENT.items() if told.get(name) is not None)
+    return next((patient for patient in named if normalise(patient.text)), None)
 
 
-def _fingerprint(said: Iterable[Mapping[str, bytes]], description: Description) -> str:
-    """Of the key that a tar's patients were hashed with; 'unknown' where a member of ours brought one hashed before."""
-    ours = any(told.keys() >= OURS and _patient(told) for told in (_json(members, "") for members in said))
-    return "unknown" if ours else description.find_key().fingerprint
+def _is_hashed(told: Mapping[str, Any], patient: Patient) -> bool:
+    """Whether a member of ours brings the keyed hash of a patient, and not an id."""
+    return told.keys() >= OURS and HASHED.fullmatch(patient.text) is not None
+
+
+def _identity(said: Iterable[Mapping[str, bytes]], description: Description) -> dict[str, str]:
+    """What a manifest records of its patients: the key they were hashed with, and the forms of their ids.
+
+    The key is 'unknown' where a member of ours brought a patient that was hashed before.
+    """
+    patients = []
+    for told in (_json(members, "") for members in said):
+        if patient := _patient(told):
+            if _is_hashed(told, patient):
+                return {PATIENT_KEY: "unknown"}
+            patients.append(patient)
+    lineage = lineage_of(description.find_key(), patients)
+    return {PATIENT_KEY: lineage["key_fingerprint"], PATIENT_FORMS: json.dumps(lineage["patient_forms"])}
 
 
 class _Hashing(io.RawIOBase):
@@ -353,7 +364,8 @@ def _check(dataset: Dataset, summary: Summary) -> None:
 
 def _lineage(dataset: Dataset, summary: Summary, origin: str) -> dict[str, Any]:
     """As dataset.json has it: known of real images that all have a patient, hashed with one known key."""
-    keys = {metadata["patient_key"] for _, metadata in dataset.metadatas() if "patient_key" in metadata}
+    metadatas = [metadata for _, metadata in dataset.metadatas() if PATIENT_KEY in metadata]
+    keys = {metadata[PATIENT_KEY] for metadata in metadatas}
     if len(keys) > 1:
         raise BuilderError(
             f"the patients of '{dataset.name}' were hashed with different keys: {', '.join(sorted(keys))}",
@@ -361,4 +373,9 @@ def _lineage(dataset: Dataset, summary: Summary, origin: str) -> dict[str, Any]:
         )
     key = next(iter(keys - {"unknown"}), None)
     known = origin == "real" and key is not None and not summary.without["patient"]
-    return {"known": known, "key_fingerprint": key, "patients": []}
+    forms: set[str] = set().union(*(json.loads(metadata.get(PATIENT_FORMS, "[]")) for metadata in metadatas))
+    source = INDEX if key is not None else None
+    return {
+        "known": known, "key_fingerprint": key, "patients": [], "patient_source": source,
+        "patient_forms": sorted(forms),
+    }  # fmt: skip

@@ -7,19 +7,20 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from builder.identity import PUBLIC_KEY, incomparable, is_invented
 from builder.shards.dataset import Dataset
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 NAMED = 5  # of the patients that leak, so many are named
-INVENTED = "cf8ccfd2fece181e"  # fingerprint of the phantom's key, too short for a site's: its patients are nobody
+INVENTED = PUBLIC_KEY
 
 
 def find_leak(synthetic: Dataset, real: Dataset, splits: Sequence[str] = HELD_OUT) -> str | None:
     """How the generator of `synthetic` saw, or may have seen, patients of these splits of `real`; None: it did not.
 
-    What can't be known not to leak is a leak as well: an unknown lineage, patients hashed with another key, held-out
-    samples without a patient.
+    What can't be known not to leak is a leak as well: an unknown lineage, patients that can't be compared (hashed with
+    another key, or known from another source: see identity.incomparable), held-out samples without a patient.
     """
     seen = synthetic.info.get("lineage") or {}
     return leak_of(seen, f"'{synthetic.name}'", real, splits, who=f"the generator of '{synthetic.name}'")
@@ -28,7 +29,7 @@ def find_leak(synthetic: Dataset, real: Dataset, splits: Sequence[str] = HELD_OU
 def leak_of(
     seen: Mapping[str, Any], name: str, real: Dataset, splits: Sequence[str] = HELD_OUT, *, who: str = ""
 ) -> str | None:
-    """As `find_leak`, of a lineage (known, key_fingerprint, patients) itself.
+    """As `find_leak`, of a lineage (as dataset.json and checkpoint.json have it) itself.
 
     name: what has this lineage, as the answer calls it; who: what saw the patients, if that is something else.
     """
@@ -41,21 +42,11 @@ def leak_of(
         return None
     if None in patients:
         return f"held-out samples of '{real.name}' have no patient: {who or name} may have seen them"
-    keys = [seen.get("key_fingerprint"), (real.info.get("lineage") or {}).get("key_fingerprint")]
-    if keys[0] != keys[1] or keys[0] is None:
-        why = "no key is recorded" if None in keys else "they were hashed with different keys"
-        return (
-            f"the patients of {name} and '{real.name}' cannot be compared: {why} (fingerprints {keys[0]} and {keys[1]})"
-        )
+    held = real.info.get("lineage") or {}
     shared = sorted(patients & set(seen.get("patients") or ()))
-    if not shared:
-        return None
+    if not shared or seen.get("key_fingerprint") != held.get("key_fingerprint"):
+        return incomparable(seen, name, held, f"'{real.name}'")
     return f"{who or name} was trained on {len(shared)} patients that '{real.name}' holds out: {first_few(shared)}"
-
-
-def is_invented(lineage: Mapping[str, Any]) -> bool:
-    """Whether all patients of a lineage are rendered ones: they are nobody, and no other dataset can hold them out."""
-    return bool(lineage.get("known")) and lineage.get("key_fingerprint") == INVENTED
 
 
 def patients_of(real: Dataset, splits: Sequence[str]) -> set[Any]:

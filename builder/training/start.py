@@ -9,6 +9,7 @@ import torch
 
 from builder.config import Config
 from builder.errors import BuilderError
+from builder.identity import incomparable, is_invented, joined_forms
 from builder.models.building import Pipeline, latent_size
 from builder.models.checkpoint import Checkpoint, Lineage
 from builder.models.families import family_named
@@ -16,7 +17,6 @@ from builder.models.load import load_pipeline
 from builder.models.lora import add_lora
 from builder.models.source import base_of, locate
 from builder.sampling.class_words import require_class_words
-from builder.shards.lineage import is_invented
 from builder.training.diffusion import DTYPES, precision_on
 
 DECLARED = "declared: saw none of this site's patients"
@@ -111,14 +111,15 @@ def narrow_frozen(pipeline: Pipeline, config: Config, device: torch.device) -> N
 
 
 def join_lineage(data: dict[str, Any], patients: list[str], base: Lineage | None) -> Lineage:
-    """The patients of these crops and of the base; unknown when either's are, or when their keys differ.
+    """The patients of these crops and of the base; unknown when either's are, or when they can't be compared.
 
     Rendered patients of a base, which are nobody's, are left out where the crops' are others.
     """
     key = data.get("key_fingerprint")
-    known = bool(data.get("known") and patients)
+    known, forms = bool(data.get("known") and patients), list(data.get("patient_forms") or ())
     if base is not None and not (is_invented(asdict(base)) and key != base.key_fingerprint):
-        comparable = base.key_fingerprint == key or not base.patients
+        before = asdict(base)
+        comparable = not base.patients or incomparable(before, "the base", data, "the crops") is None
         known = known and base.known and comparable
-        patients = sorted({*patients, *base.patients})
-    return Lineage(known, key, patients)
+        patients, forms = sorted({*patients, *base.patients}), joined_forms(before, data)
+    return Lineage(known, key, patients, data.get("patient_source"), forms)

@@ -36,6 +36,7 @@ from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import IMAGES_PER_SHARD, Sample, encode_png, image_row, write_shards
 from tests.acceptance.report import Report
+from tests.lineages import ALIKE
 
 SEED = 2000  # of the other patients
 PATIENTS = 110  # who have some 1,500 crops
@@ -138,7 +139,7 @@ def _write(dataset: Dataset, samples: list[Sample], patients: list[str], key_fin
     info = {
         "name": dataset.name, "origin": "synthetic", "created": "2026-01-01T00:00:00+00:00",
         "classes": HEALING_PHASES.to_json(), "count": len(samples), "config": {}, "parent": None,
-        "lineage": {"known": True, "key_fingerprint": key_fingerprint, "patients": patients},
+        "lineage": {"known": True, "key_fingerprint": key_fingerprint, "patients": patients, **ALIKE},
         "licence": {"base": None, "data": LICENCE},
     }  # fmt: skip
     dataset.write_info({**info, "state": "partial"})

@@ -23,6 +23,7 @@ from builder.shards.dataset import Dataset
 from builder.shards.schema import SCHEMA
 from builder.shards.storage import Storage
 from builder.shards.writer import shard_name, tar_path, write_manifest
+from tests.lineages import ALIKE
 
 NAME = "many"
 SIZE = 3000  # bytes of a made-up image
@@ -100,7 +101,8 @@ def make(root: Path, rows: int, per_shard: int) -> Dataset:
     info = {
         "name": NAME, "state": "complete", "origin": "synthetic", "created": "2026-01-01T00:00:00+00:00",
         "classes": HEALING_PHASES.to_json(), "count": rows, "config": {}, "parent": None,
-        "lineage": {"known": True, "key_fingerprint": "test", "patients": []}, "licence": {"base": None, "data": "CC0"},
+        "lineage": {"known": True, "key_fingerprint": "test", "patients": [], **ALIKE},
+        "licence": {"base": None, "data": "CC0"},
     }  # fmt: skip
     dataset.write_info(info)
     return dataset

@@ -33,6 +33,7 @@ from builder.shards.writer import Sample, encode_png, image_row, write_shard
 from tests.acceptance import mixing_start
 from tests.acceptance.mixing_systems import CONVERSIONS, SYSTEMS
 from tests.conftest import textured
+from tests.lineages import ALIKE
 
 SIZES = (64, 128)  # px
 PER_SHARD = 200
@@ -143,7 +144,7 @@ def make(root: Path, name: str, count: int, size: int) -> None:
     dataset.write_info(
         {
             "name": name, "state": "complete", "origin": name, "classes": HEALING_PHASES.to_json(), "count": count,
-            "lineage": {"known": True, "key_fingerprint": "made up", "patients": []},
+            "lineage": {"known": True, "key_fingerprint": "made up", "patients": [], **ALIKE},
         }
     )  # fmt: skip
 

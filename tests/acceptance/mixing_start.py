@@ -22,6 +22,7 @@ from builder.shards.schema import SCHEMA
 from builder.shards.storage import Storage
 from builder.shards.writer import encode_png, manifest_path, tar_path, write_manifest
 from tests.acceptance.manifests import SIZE, table_of
+from tests.lineages import ALIKE
 
 PER_SHARD = 200
 BATCH = 32
@@ -139,7 +140,7 @@ def _make(root: Path, name: str, rows: int) -> Dataset:
     dataset.write_info(
         {
             "name": name, "state": "complete", "origin": name, "classes": HEALING_PHASES.to_json(), "count": rows,
-            "lineage": {"known": True, "key_fingerprint": "made up", "patients": []},
+            "lineage": {"known": True, "key_fingerprint": "made up", "patients": [], **ALIKE},
         }
     )  # fmt: skip
     return dataset
