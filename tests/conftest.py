@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,9 @@ from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 from tests.lineages import ALIKE
+
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="builder-state-")  # the user's own is not touched
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 settings.register_profile("untimed", deadline=None)  # a busy machine takes its time
 settings.load_profile("untimed")

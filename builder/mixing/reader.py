@@ -12,18 +12,17 @@ of one.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-from webdataset.tariterators import tar_file_iterator
 
 from builder.errors import BuilderError
 from builder.mixing.schedule import keyed_integer, keyed_shuffle
 from builder.mixing.sources import Source
 from builder.shards.foreign import IMAGES, split_name
 from builder.shards.sequential import Sequential
+from builder.shards.tars import BLOCK, TarError, read_members
 
 BUFFER = 1000  # samples, encoded; of each source in each reader
 FINE = 20  # bits of a displacement below one place
@@ -82,31 +81,31 @@ class Layout:
                 for payload in self._members(tar, place, stop):
                     yield place, payload
                     place += 1
-            except (tarfile.TarError, EOFError, OSError, BuilderError) as error:
-                why = error.what if isinstance(error, BuilderError) else str(error).partition(" @ ")[0]  # webdataset's
+            except (TarError, EOFError, OSError, BuilderError) as error:
+                why = error.what if isinstance(error, BuilderError) else str(error)
                 yield place, self.source.unreadable(int(self.rows[place]), why)
                 place += 1
 
     def _members(self, tar: int, start: int, stop: int) -> Iterator[bytes]:
-        """The encoded images of the places [start, stop), by webdataset's reader."""
+        """The encoded images of the places [start, stop)."""
         source, rows = self.source, self.rows[start:stop]
         keys = source.keys.take(pa.array(rows)).to_pylist()
-        wanted = set(keys)
+        first = self._header(tar, start)
         end = int(source.offset[rows[-1]]) + int(source.size[rows[-1]])
-        with Sequential(source.storage, source.shards[tar], self._header(tar, start), end) as file:
-            members = tar_file_iterator(file, skip_meta=None, select_files=lambda name: _image_key(name) in wanted)
-            for key in keys:
-                member = next(members, None)
-                if member is None or _image_key(member["fname"]) != key:
-                    raise tarfile.ReadError("it is not at its place in the tar")
-                yield member["data"]
+        with Sequential(source.storage, source.shards[tar], first, end) as file:
+            members = read_members(file, end, start=first, unique=False)
+            for row, key in zip(rows.tolist(), keys, strict=True):
+                found = next((member for member in members if _image_key(member.name) == key), None)
+                if found is None or (found.offset, found.size) != (source.offset[row], source.size[row]):
+                    raise TarError("it is not at its place in the tar")
+                yield found.read()
 
     def _header(self, tar: int, place: int) -> int:
         """A byte of the tar where a header begins, before the image at `place` and after the one before it."""
         if place == self.bounds[tar]:
             return 0
         row = self.rows[place - 1]
-        return -(-(int(self.source.offset[row]) + int(self.source.size[row])) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return -(-(int(self.source.offset[row]) + int(self.source.size[row])) // BLOCK) * BLOCK
 
 
 def _image_key(name: str) -> str | None:

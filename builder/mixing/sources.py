@@ -113,6 +113,6 @@ class Source:
             if len(self._files) >= OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             holder, path = self._places[shard]
-            self._files[shard] = os.open(holder.path(path), os.O_RDONLY)
+            self._files[shard] = holder.open_local(path)
         self._files.move_to_end(shard)
         return self._files[shard]

@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from builder.display import printable
 from builder.documents import read_document, write_document
 from builder.errors import BuilderError, did_you_mean
 from builder.images import read_hashed
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
+from builder.shards.received import ManifestError, OutsideError, checked, read_parquet, recorded
 from builder.shards.sealed import DamagedError, open_parquet, without_seal
 from builder.shards.storage import Storage
 from builder.shards.writer import manifest_name, manifest_path, pixel_sha256
@@ -112,8 +114,8 @@ class Dataset:
 
     def shard_metadata(self, number: int) -> dict[str, str]:
         """What rides in a manifest's schema metadata: tar_sha256, for synthetic shards also start and stop."""
-        found = self.shard_schema(number).metadata or {}
-        return {key.decode(): value.decode() for key, value in found.items()}
+        with self._explained(number):
+            return recorded(self.shard_schema(number))
 
     def shard_schema(self, number: int) -> pa.Schema:
         with self._explained(number):
@@ -142,7 +144,7 @@ class Dataset:
     def metadatas(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Number and schema metadata of each committed shard, in order; as `tables`, without rows."""
         for number, table in self.tables(()):
-            yield number, {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+            yield number, recorded(table.schema)
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of all committed shards, in order."""
@@ -163,9 +165,10 @@ class Dataset:
             if isinstance(manifest, OSError):
                 raise manifest
             # A third of the time that pq.read_table takes, and threads don't pay for a few hundred rows.
-            file = open_parquet(manifest, name=manifest_name(number))
-            table = file.read(columns=None if columns is None else list(columns), use_threads=False)
-            return table.replace_schema_metadata(without_seal(table.schema.metadata))
+            opened = open_parquet(manifest, name=manifest_name(number))
+            table = read_parquet(lambda texts: reopened(opened, manifest, texts), columns)
+            table = table.replace_schema_metadata(without_seal(table.schema.metadata))
+            return checked(table, [recorded(table.schema)], columns)
 
     def rejects(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows that a filter turned away, of the file `name` in the folder of rejects.
@@ -174,26 +177,30 @@ class Dataset:
         """
         path = f"manifests/{self.name}/{REJECTS}/{name}"
         try:
-            table = open_parquet(self.storage.read(path), name=name).read(
-                columns=None if columns is None else [*columns]
-            )
-        except (pa.ArrowException, DamagedError, OSError) as error:
+            data = self.storage.read(path)
+            opened = open_parquet(data, name=name)
+            table = read_parquet(lambda texts: reopened(opened, data, texts), columns)
+            return table.replace_schema_metadata(without_seal(table.schema.metadata))
+        except (pa.ArrowException, DamagedError, ManifestError, OSError) as error:
             raise BuilderError(
                 f"{path} cannot be read: {error}", f"`builder rm {self.name}`, and filter again"
             ) from None
-        return table.replace_schema_metadata(without_seal(table.schema.metadata))
 
     def _read(self, number: int) -> bytes:
         with self._explained(number):
             return self.storage.read(manifest_path(self.name, number))
 
     @contextmanager
-    def _explained(self, number: int) -> Iterator[None]:
+    def _explained(self, number: int | None) -> Iterator[None]:
+        """Turn what is wrong with a manifest (None: with the index) into a BuilderError that names it."""
+        where = f"manifests/{self.name}/{INDEX}" if number is None else manifest_path(self.name, number)
         try:
             yield
-        except (pa.ArrowException, DamagedError, OSError) as error:
+        except OutsideError as error:
+            raise BuilderError(f"{where} cannot be used: {error}", error.remedy) from None
+        except (pa.ArrowException, DamagedError, ManifestError, OSError) as error:
             raise BuilderError(
-                f"{manifest_path(self.name, number)} cannot be read: {error}",
+                f"{where} cannot be read: {printable(str(error))}",
                 f"run `builder verify {self.name} --repair`, or remove this file: its shard is then not there",
             ) from None
 

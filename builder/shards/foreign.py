@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import datetime
 import io
-import json
+import itertools
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
+import braceexpand
 import numpy as np
 
 from builder import __version__
 from builder.config import fingerprint
+from builder.display import printable
+from builder.documents import parse_json
 from builder.errors import BuilderError
 from builder.images import DEFAULT_MAX_PIXELS, SUFFIXES, Header, ImageError, read_header, read_pixels
 from builder.phases import ClassTable
 from builder.shards.dataset import NAME, Dataset
 from builder.shards.lock import exclusive
+from builder.shards.sequential import Sequential
 from builder.shards.storage import Storage
+from builder.shards.stores import connect, explained
+from builder.shards.tars import MAX_TEXT, TarError, read_members
 from builder.shards.whole import all_or_nothing
 from builder.shards.writer import IMAGES_PER_SHARD, Sample, encode_png, image_row, write_shards
 
 IMAGES = tuple(sorted(SUFFIXES))  # endings of files and members that are taken for images
+SAYS = (".cls", ".json", ".txt")  # members that say something of the image of the same stem
+MAX_TARS = 1_000_000  # of one name with braces
 
 Found = tuple[str, str, np.ndarray]  # phase, name of the original, pixels
 
@@ -129,13 +135,42 @@ def _images(source: str, classes: ClassTable, max_pixels: int) -> Iterator[Found
     if folder.is_dir() and not any(folder.glob("*.tar")):
         yield from _tree(folder, classes, max_pixels)
         return
-    pattern = f"{source.rstrip('/')}/*.tar" if folder.is_dir() else source
-    files = sorted(fsspec.open_files(pattern, "rb"), key=lambda file: str(file.path))
-    if not files or (len(files) == 1 and not files[0].fs.exists(files[0].path)):
-        raise BuilderError(f"there are no tars at {source}", "check the path or the pattern")
-    for file in files:
-        with file as stream:
-            yield from _tar(stream.read(), PurePosixPath(file.path).name, classes, max_pixels)
+    storage = Storage(".")
+    for tar in find_tars([source], storage):
+        yield from _tar(storage, tar, classes, max_pixels)
+
+
+def find_tars(urls: Sequence[str], storage: Storage) -> list[str]:
+    """The tars that `urls` mean, as manifests name them (see Storage.address), in order, each once.
+
+    `urls`: paths or URLs, with braces ({000..099}) or globs; of a folder, all *.tar in it. BuilderError for one that
+    means none.
+    """
+    found: dict[str, None] = {}
+    for url in urls:
+        try:
+            expanded = list(itertools.islice(braceexpand.braceexpand(url), MAX_TARS + 1))
+        except ValueError as error:
+            raise BuilderError(
+                f"'{printable(url)}' cannot be expanded: {error}", "close its braces, or quote it"
+            ) from None
+        if len(expanded) > MAX_TARS:
+            raise BuilderError(f"'{printable(url)}' means more than {MAX_TARS:,} tars", "name fewer at once")
+        for one in expanded:
+            found.update(dict.fromkeys(_expand(one, storage)))
+    return list(found)
+
+
+def _expand(url: str, storage: Storage) -> list[str]:
+    fs, path = connect(url)
+    with explained(url):
+        if fs.isfile(path):
+            matches = [path]
+        else:
+            matches = sorted(fs.glob(f"{path.rstrip('/')}/*.tar" if fs.isdir(path) else path))
+    if not matches:
+        raise BuilderError(f"there are no tars at {printable(url)}", "check the path or the pattern")
+    return [storage.address(fs, str(match)) for match in matches]
 
 
 def _tree(folder: Path, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
@@ -151,18 +186,27 @@ def _tree(folder: Path, classes: ClassTable, max_pixels: int) -> Iterator[Found]
                 yield code, f"{code}/{file.name}", read_foreign(file, str(file), max_pixels)[0]
 
 
-def _tar(data: bytes, name: str, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
+def _tar(storage: Storage, tar: str, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
+    shown = printable(PurePosixPath(tar).name)
+    members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}  # type: ignore[union-attr]
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise BuilderError(f"{name} is not a readable tar: {error}", "fetch it again") from None
-    for member in sorted(members):
-        stem, suffix = split_name(member)
+        stamp = storage.stamp(tar)
+        if stamp is None:
+            raise BuilderError(f"there is no tar {printable(tar)}", "check the path or the pattern")
+        with Sequential(storage, tar, 0, stamp[0]) as stream:
+            for member in read_members(stream, stamp[0]):
+                suffix = split_name(member.name)[1].lower()
+                if suffix in IMAGES or suffix in SAYS:
+                    members[member.name] = member.read(MAX_TEXT if suffix in SAYS else None)
+    except (TarError, OSError) as error:
+        raise BuilderError(f"{shown} is not a readable tar: {printable(str(error))}", "fetch it again") from None
+    for name in sorted(members):
+        stem, suffix = split_name(name)
         if suffix.lower() in IMAGES:
-            said = {end: members[stem + end] for end in (".cls", ".json", ".txt") if stem + end in members}
-            where = f"{member} in {name}"
-            yield class_code(said, classes, where), member, read_foreign(members[member], where, max_pixels)[0]
+            said = {end: members[stem + end] for end in SAYS if stem + end in members}
+            where = f"{printable(name)} in {shown}"
+            pixels = read_foreign(members[name], where, max_pixels)[0]
+            yield class_code(said, classes, where), printable(name), pixels
 
 
 def split_name(member: str) -> tuple[str, str]:
@@ -184,24 +228,26 @@ def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> st
         if ".cls" in said:
             value, index_first = said[".cls"].decode().strip(), True
         elif ".json" in said:
-            described = json.loads(said[".json"])
+            described = parse_json(said[".json"], "it")
             value = described.get("phase")
             if value is None:
                 value, index_first = described.get("label"), True
         if value is None and ".txt" in said:
             value, index_first = said[".txt"].decode().strip(), False
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, BuilderError) as error:
+        why = error.what if isinstance(error, BuilderError) else str(error)
         raise BuilderError(
-            f"the class of {where} cannot be read: {error}", "mend its .cls, .json or .txt member"
+            f"the class of {where} cannot be read: {printable(why)}", "mend its .cls, .json or .txt member"
         ) from None
     text = str(value)
-    by_index = classes.codes[int(text)] if text.isdecimal() and int(text) < len(classes) else None
+    short = text.isdecimal() and len(text) <= 4
+    by_index = classes.codes[int(text)] if short and int(text) < len(classes) else None
     by_code = text if value is not None and text in classes.codes else None
     meant = (by_index or by_code) if index_first else (by_code or by_index)
     if meant is not None:
         return meant
     known = ", ".join(classes.codes)
-    problem = "has no class" if value is None else f"has the class {text!r}, which is none of {known}"
+    problem = "has no class" if value is None else f"has the class '{printable(text, 40)}', which is none of {known}"
     raise BuilderError(f"{where} {problem}", f"give it a .cls member with a label from 0 to {len(classes) - 1}")
 
 

@@ -23,6 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from builder.documents import parse_json
+from builder.errors import BuilderError
+from builder.shards.received import ManifestError, checked, read_parquet
 from builder.shards.sealed import DIGEST_LENGTH, FILE_KEY, MARK, SEAL_KEY, UNSET, DamagedError
 from builder.shards.storage import Storage
 
@@ -52,8 +55,11 @@ class Index:
 
     def __init__(self, chunks: _Chunks, stamps: Stamps) -> None:
         self._chunks = chunks
-        entries = [Entry(**entry) for entry in json.loads(chunks.footer.metadata[SHARDS])]
+        entries = _entries(chunks.footer)
         self.covers = len(entries)
+        self._metadatas: dict[int, list[dict[str, str]]] = {}  # by row group, also of shards that are not in step
+        for entry in entries:
+            self._metadatas.setdefault(entry.group, []).append(entry.metadata)
         self._entries = {
             entry.number: entry
             for entry in entries
@@ -70,7 +76,7 @@ class Index:
 
     def whole(self, columns: tuple[str, ...] | None) -> pa.Table | None:
         """The rows of all shards in order, in one reading; None when what has to be read is damaged."""
-        return self._chunks.read(range(self._chunks.footer.num_row_groups), columns)
+        return self._sound(range(self._chunks.footer.num_row_groups), columns)
 
     def metadata(self, number: int) -> dict[str, str]:
         return self._entries[number].metadata
@@ -83,9 +89,20 @@ class Index:
         entry = self._entries[number]
         if self._read is None or self._read[:2] != (entry.group, columns):
             self._read = None  # the last group goes before the next one comes
-            self._read = entry.group, columns, self._chunks.read([entry.group], columns)
+            self._read = entry.group, columns, self._sound([entry.group], columns)
         group = self._read[2]
-        return None if group is None else group.slice(entry.start, entry.rows).replace_schema_metadata(entry.metadata)
+        if group is None or entry.start + entry.rows > group.num_rows:
+            return None
+        return group.slice(entry.start, entry.rows).replace_schema_metadata(entry.metadata)
+
+    def _sound(self, groups: Sequence[int], columns: tuple[str, ...] | None) -> pa.Table | None:
+        """The rows of row groups; None when they are damaged or not as the schema says: the manifests say how."""
+        table = self._chunks.read(groups, columns)
+        metadatas = [metadata for group in groups for metadata in self._metadatas.get(group, [])]
+        try:
+            return None if table is None else checked(table, metadatas, columns)
+        except (ManifestError, pa.ArrowException):
+            return None
 
     def findings(self) -> list[str]:
         """What is damaged in all of it, one line each; for `builder verify`."""
@@ -105,8 +122,19 @@ def open_index(storage: Storage, name: str, stamps: Stamps) -> Index | None:
         return None
     try:
         return Index(_Chunks(storage, f"manifests/{name}/{INDEX}", stamps[INDEX][0]), stamps)
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, BuilderError):
         return None
+
+
+def _entries(footer: pq.FileMetaData) -> list[Entry]:
+    """What the footer says of the shards. BuilderError, KeyError, TypeError or ValueError when it is damaged."""
+    entries = [Entry(**entry) for entry in parse_json((footer.metadata or {})[SHARDS], INDEX)]
+    for entry in entries:
+        numbers = (entry.number, entry.size, entry.group, entry.start, entry.rows)
+        sound = all(type(number) is int and number >= 0 for number in numbers) and entry.group < footer.num_row_groups
+        if not sound or type(entry.metadata) is not dict or {*map(type, entry.metadata.values())} - {str}:
+            raise ValueError(f"an entry of the index is {entry}")
+    return entries
 
 
 def footer(entries: list[Entry], chunks: int) -> dict[bytes, bytes]:
@@ -168,14 +196,17 @@ class _Chunks:
                 for place in wanted:
                     start, size = _range(self.footer, group, place)
                     pieces[start] = self._checked(group, place, self._storage.read(self._path, start, size))
-            file = pq.ParquetFile(
-                pa.PythonFile(_Pieces(pieces, self._size), mode="r"),
-                metadata=self.footer,
-                pre_buffer=False,  # else it would read what lies between the chunks, too
-                page_checksum_verification=True,
-            )
-            chosen = None if columns is None else list(columns)
-            table = file.read_row_groups(list(groups), chosen, use_threads=False)
+
+            def opened(texts: list[str]) -> pq.ParquetFile:
+                return pq.ParquetFile(
+                    pa.PythonFile(_Pieces(pieces, self._size), mode="r"),
+                    metadata=self.footer,
+                    read_dictionary=texts,
+                    pre_buffer=False,  # else it would read what lies between the chunks, too
+                    page_checksum_verification=True,
+                )
+
+            table = read_parquet(opened, columns, groups)
         except (pa.ArrowException, OSError, ValueError):
             return None
         return table.replace_schema_metadata()

@@ -6,36 +6,35 @@ are added, and tars that changed are read again. The images stay as they are, in
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import re
-import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import braceexpand
 import pyarrow.compute as pc
 
 from builder.config import fingerprint
+from builder.display import printable
+from builder.documents import parse_json
 from builder.errors import BuilderError
 from builder.identity import INDEX, Patient, PatientKey, lineage_of, normalise
 from builder.images import DEFAULT_MAX_PIXELS
 from builder.phases import ClassTable
 from builder.shards.dataset import Dataset
-from builder.shards.foreign import IMAGES, class_code, foreign_info, read_foreign, split_name
+from builder.shards.foreign import IMAGES, SAYS, class_code, find_tars, foreign_info, read_foreign, split_name
 from builder.shards.lock import exclusive
+from builder.shards.received import INDEXED, MAX_KEY, VOUCHER, checked, is_key, read_parquet
 from builder.shards.schema import to_table
-from builder.shards.sequential import Sequential
+from builder.shards.sequential import Hashing, Sequential
 from builder.shards.storage import READERS, Storage
-from builder.shards.stores import connect, explained
+from builder.shards.tars import MAX_TEXT, TarError, read_members
 from builder.shards.verify import Keys
-from builder.shards.writer import INDEXED, image_row, manifest_path, write_manifest
+from builder.shards.writer import image_row, manifest_path, write_manifest
+from builder.trust import is_vouched, vouch
 
-SAYS = (".cls", ".json", ".txt")  # members that say something of the image of the same stem
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 PATIENT = {"patient": "patient", "patient_id": "patient", "group": "group"}  # in a .json, the first; what it names
 OURS = {"key", "origin", "sha256"}  # in a .json that we wrote: its patient is a keyed hash already, as HASHED
@@ -102,6 +101,7 @@ def index_tars(urls: Sequence[str], dataset: Dataset, description: Description, 
                 path = manifest_path(dataset.name, waiting[tar])
                 write_manifest(dataset.storage, path, to_table(rows, metadata))
                 summary.turned += turned
+        _vouch_again(dataset, set(tars))
         _check(dataset, summary)
         lineage = _lineage(dataset, summary, description.origin)
         dataset.write_info({**info, "state": "complete", "count": summary.images, "lineage": lineage})
@@ -109,34 +109,6 @@ def index_tars(urls: Sequence[str], dataset: Dataset, description: Description, 
 
 
 # -- which tars -------------------------------------------------------------------------------------------------------
-
-
-def find_tars(urls: Sequence[str], storage: Storage) -> list[str]:
-    """The tars that `urls` mean, as manifests name them (see Storage.address), in order, each once.
-
-    BuilderError for one that means none.
-    """
-    found: dict[str, None] = {}
-    for url in urls:
-        try:
-            expanded = list(braceexpand.braceexpand(url))
-        except ValueError as error:
-            raise BuilderError(f"'{url}' cannot be expanded: {error}", "close its braces, or quote it") from None
-        for one in expanded:
-            found.update(dict.fromkeys(_expand(one, storage)))
-    return list(found)
-
-
-def _expand(url: str, storage: Storage) -> list[str]:
-    fs, path = connect(url)
-    with explained(url):
-        if fs.isfile(path):
-            matches = [path]
-        else:
-            matches = sorted(fs.glob(f"{path.rstrip('/')}/*.tar" if fs.isdir(path) else path))
-    if not matches:
-        raise BuilderError(f"there are no tars at {url}", "check the path or the pattern")
-    return [storage.address(fs, str(match)) for match in matches]
 
 
 def _not_indexed(dataset: Dataset, tars: Sequence[str]) -> dict[str, int]:
@@ -160,6 +132,19 @@ def _not_indexed(dataset: Dataset, tars: Sequence[str]) -> dict[str, int]:
         if tar not in numbers:
             numbers[tar], free = free, free + 1
     return {tar: numbers[tar] for tar in tars if tar not in now or now[tar] != stamps.get(tar)}
+
+
+def _vouch_again(dataset: Dataset, tars: set[str]) -> None:
+    """Vouch for tars that were indexed before, by another user or version: this user names them now."""
+    for number in dataset.shard_numbers():
+        metadata = dataset.shard_metadata(number)
+        tar = metadata[INDEXED]
+        if tar not in tars or is_vouched(tar, metadata.get(VOUCHER)) or not (voucher := vouch(tar)):
+            continue
+        path = manifest_path(dataset.name, number)
+        table = read_parquet(io.BytesIO(dataset.storage.read(path)), None)
+        table = table.replace_schema_metadata({**metadata, VOUCHER: voucher})
+        write_manifest(dataset.storage, path, checked(table, [{**metadata, VOUCHER: voucher}]))
 
 
 def _info(urls: Sequence[str], dataset: Dataset, description: Description) -> dict[str, Any]:
@@ -196,55 +181,52 @@ def read_tar(storage: Storage, tar: str, description: Description) -> tuple[list
     stamp = storage.stamp(tar)
     if stamp is None:
         raise BuilderError(f"there is no tar {tar} any more", "check the path or the pattern")
-    with _Hashing(Sequential(storage, tar, 0, stamp[0])) as stream:
-        found, said, turned = _members(stream, storage, tar, description.max_pixels)
+    with Hashing(Sequential(storage, tar, 0, stamp[0])) as stream:
+        found, said, turned = _members(stream, stamp[0], tar, description.max_pixels)
         digest = stream.finish()
     if not found:
         raise BuilderError(f"{tar} holds no images", f"expected members that end in {', '.join(IMAGES)}")
     rows = [_described(row, said[key], tar, description) for key, row in found.items()]
     metadata = {"tar_sha256": digest, "tar_bytes": str(stamp[0]), "tar_stamp": stamp[1], INDEXED: tar}
+    if voucher := vouch(tar):
+        metadata[VOUCHER] = voucher
     if any(row["patient"] for row in rows):
         metadata |= _identity(said.values(), description)
     return rows, metadata, turned
 
 
 def _members(
-    stream: io.RawIOBase, storage: Storage, tar: str, max_pixels: int
+    stream: io.RawIOBase, size: int, tar: str, max_pixels: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, bytes]], int]:
     """By key: what the pixels say of each image; what members beside it say. And how many images EXIF turned."""
     found: dict[str, dict[str, Any]] = {}
     said: dict[str, dict[str, bytes]] = defaultdict(dict)
-    turned, name = 0, "its first member"
+    turned, shown = 0, printable(tar)
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                key, suffix = split_name(member.name)
-                kind = suffix.lower()
-                if not member.isreg() or key.endswith("/") or not key or kind not in IMAGES + SAYS:
-                    continue
-                name = member.name
-                payload = archive.extractfile(member).read()  # type: ignore[union-attr]
-                if kind in SAYS:
-                    said[key][kind] = payload
-                    continue
-                if key in found:
-                    raise BuilderError(
-                        f"{tar} has two images of the sample '{key}': {found[key]['source']} and {name}",
-                        "rename one of them",
-                    )
-                image, is_turned = _image(key, payload, f"{name} in {tar}", max_pixels)
-                place = {"shard": tar, "offset": member.offset_data, "size": member.size, "source": name}
-                found[key] = {**image, **place}
-                turned += is_turned
-            end = archive.offset
-    except (tarfile.TarError, EOFError) as error:
-        raise BuilderError(
-            f"{tar} cannot be read from {name} on: {error}",
-            "fetch it again; a compressed tar can't be read in place, unpack it to .tar",
-        ) from None
-    if storage.read(tar, end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile just ends at a bad header
-        raise BuilderError(f"{tar} is cut short or damaged after {name}", "fetch it again")
+        for member in read_members(stream, size):
+            key, suffix = split_name(member.name)
+            kind, name = suffix.lower(), printable(member.name)
+            if key.endswith("/") or not key or kind not in IMAGES + SAYS:
+                continue
+            if not is_key(key):
+                raise BuilderError(
+                    f"{shown} has a member '{name}', which cannot be the name of a sample",
+                    f"rename it: no '..', no control characters, no / at its beginning, at most {MAX_KEY} bytes",
+                )
+            if kind in SAYS:
+                said[key][kind] = member.read(MAX_TEXT)
+                continue
+            if key in found:
+                raise BuilderError(
+                    f"{shown} has two images of the sample '{key}': {found[key]['source']} and {name}",
+                    "rename one of them",
+                )
+            image, is_turned = _image(key, member.read(), f"{name} in {shown}", max_pixels)
+            found[key] = {**image, "shard": tar, "offset": member.offset, "size": member.size, "source": name}
+            turned += is_turned
+    except TarError as error:
+        name = printable(error.member) if error.member else "its first member"
+        raise BuilderError(f"{shown} cannot be read from {name} on: {error}", "fetch it again") from None
     return found, said, turned
 
 
@@ -264,7 +246,7 @@ def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, descrip
         raise BuilderError(f"{where} says that it is {origin}", f"give --origin {origin}")
     split = description.split if told.get("split") is None else told["split"]
     if split is not None and str(split).lower() not in SPLITS:
-        raise BuilderError(f"{where} is of the split {split!r}", f"the splits are {', '.join(SPLITS)}")
+        raise BuilderError(f"{where} is of the split '{printable(split, 40)}'", f"the splits are {', '.join(SPLITS)}")
     patient = _patient(told)
     hashed: str | None = None
     if patient is not None:
@@ -277,10 +259,7 @@ def _described(row: dict[str, Any], said: Mapping[str, bytes], tar: str, descrip
 
 def _json(said: Mapping[str, bytes], where: str) -> dict[str, Any]:
     """What the .json member says; nothing where there is none, or it is no table."""
-    try:
-        told = json.loads(said.get(".json", b"{}"))
-    except ValueError as error:
-        raise BuilderError(f"the .json beside {where} cannot be read: {error}", "mend it or take it out") from None
+    told = parse_json(said.get(".json", b"{}"), f"the .json beside {where}", remedy="mend it or take it out")
     return told if isinstance(told, dict) else {}
 
 
@@ -308,31 +287,6 @@ def _identity(said: Iterable[Mapping[str, bytes]], description: Description) -> 
             patients.append(patient)
     lineage = lineage_of(description.find_key(), patients)
     return {PATIENT_KEY: lineage["key_fingerprint"], PATIENT_FORMS: json.dumps(lineage["patient_forms"])}
-
-
-class _Hashing(io.RawIOBase):
-    """A stream that is hashed as it is read."""
-
-    def __init__(self, stream: io.RawIOBase) -> None:
-        self._stream, self._digest = stream, hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._stream.readinto(buffer) or 0
-        self._digest.update(memoryview(buffer)[:count])
-        return count
-
-    def finish(self) -> str:
-        """SHA-256 of the whole, of which the rest is read."""
-        while self.read(1 << 20):
-            pass
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,7 +78,7 @@ def _flocked(path: str, kind: int, busy: LockedError) -> Iterator[None]:
     while True:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            file = open(path, "a", encoding="ascii")  # noqa: SIM115 - closed below
+            file = os.fdopen(_opened(path), "a", encoding="ascii")
         except FileNotFoundError:  # its folder was removed in between
             continue
         with file:
@@ -99,3 +100,17 @@ def _is_at(file: IO[str], path: str) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _opened(path: str) -> int:
+    """The lock file, made where there is none. A received folder may have a pipe or a link in its place."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    raise BuilderError(f"{path} is not a file", "remove it")

@@ -6,6 +6,7 @@ request, and of an object store the next one is fetched while the last one is us
 
 from __future__ import annotations
 
+import hashlib
 import io
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -58,4 +59,29 @@ class Sequential(io.RawIOBase):
     def close(self) -> None:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
+        super().close()
+
+
+class Hashing(io.RawIOBase):
+    """A stream that is hashed as it is read."""
+
+    def __init__(self, stream: io.RawIOBase) -> None:
+        self._stream, self._digest = stream, hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        return count
+
+    def finish(self) -> str:
+        """SHA-256 of the whole, of which the rest is read."""
+        while self.read(1 << 20):
+            pass
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._stream.close()
         super().close()

@@ -16,10 +16,12 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from builder.display import printable
 from builder.errors import BuilderError
-from builder.files import TEMPORARY, open_file, replace_file
+from builder.files import TEMPORARY, open_regular, replace_file
 from builder.shards.commit import create_by_link
 from builder.shards.stores import connect, explained
+from builder.trust import is_below, is_trusted
 
 READERS = 16  # files read at once from an object store
 
@@ -31,13 +33,18 @@ class Storage:
     and `holder` understand it.
     """
 
-    def __init__(self, root: str | Path = ".") -> None:
+    def __init__(self, root: str | Path = ".", *, confined: bool = True) -> None:
+        """An output root. `confined`: symbolic links that lead out of it are not followed (local roots only)."""
         self.root = str(root)
+        self.confined = confined
         self._opened: tuple[int, fsspec.AbstractFileSystem, str] | None = None
         self._elsewhere: dict[str, Storage] = {}
+        self._inside: dict[str, bool] = {}  # folders that were looked at
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_opened": None, "_elsewhere": {}}
+        return {
+            "root": self.root, "confined": self.confined, "_opened": None, "_elsewhere": {}, "_inside": {},
+        }  # fmt: skip
 
     def _located(self) -> tuple[fsspec.AbstractFileSystem, str]:
         if self._opened is None or self._opened[0] != os.getpid():  # connections do not survive a fork
@@ -63,8 +70,40 @@ class Storage:
             return self, path
         folder, _, name = path.rpartition("/")
         if folder not in self._elsewhere:
-            self._elsewhere[folder] = Storage(f"{folder}/" if folder.endswith((":/", ":")) else folder or "/")
+            place = f"{folder}/" if folder.endswith((":/", ":")) else folder or "/"
+            self._elsewhere[folder] = Storage(place, confined=False)  # who may name it, shards.received decides
         return self._elsewhere[folder], name
+
+    def open_local(self, relative: str) -> int:
+        """Open a regular file of a local root for reading; returns its descriptor.
+
+        OSError when it can't be opened; BuilderError when a symbolic link leads out of the root.
+        """
+        self._require_inside(relative)
+        path = self.path(relative)
+        if not self.confined:
+            return open_regular(path)
+        try:
+            return open_regular(path, follow=False)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        real = os.path.realpath(path)
+        if not (is_below(real, os.path.realpath(self.path(""))) or is_trusted(real)):
+            raise _outside(path, real)
+        return open_regular(real)
+
+    def _require_inside(self, relative: str) -> None:
+        """Refuse a file whose folder is reached through a symbolic link that leads out of the root."""
+        if not self.confined:
+            return
+        folder = relative.rpartition("/")[0]
+        if folder not in self._inside:
+            path = self.path(folder)
+            real = os.path.realpath(path)
+            if not (is_below(real, os.path.realpath(self.path(""))) or is_trusted(real)):
+                raise _outside(path, real)
+            self._inside[folder] = True
 
     def address(self, fs: fsspec.AbstractFileSystem, path: str) -> str:
         """How a manifest names a file that `fs` knows as `path`: relative to this root, or in full if elsewhere."""
@@ -139,7 +178,7 @@ class Storage:
             with explained(self.root):
                 end = None if size is None else offset + size
                 return bytes(self.fs.cat_file(self.path(relative), start=offset, end=end))
-        with open_file(self.path(relative)) as file:
+        with os.fdopen(self.open_local(relative), "rb") as file:
             file.seek(offset)
             return file.read() if size is None else file.read(size)
 
@@ -166,7 +205,7 @@ class Storage:
     def open(self, relative: str) -> BinaryIO:
         """A file to read here and there, as Parquet is read."""
         if self.is_local:
-            return open_file(self.path(relative))
+            return cast(BinaryIO, os.fdopen(self.open_local(relative), "rb"))
         with explained(self.root):
             return cast(BinaryIO, self.fs.open(self.path(relative), "rb"))
 
@@ -189,6 +228,7 @@ class Storage:
 
     def _replace(self, relative: str, fill: Callable[[BinaryIO], object]) -> None:
         """A local file, through a temporary name: what is visible is the old one or, whole and on disk, the new one."""
+        self._require_inside(relative)
         replace_file(self.path(relative), fill)
 
     def create(self, relative: str, data: bytes) -> bool:
@@ -208,6 +248,7 @@ class Storage:
                 with suppress(FileNotFoundError):
                     return self.read(relative) == data
                 return False
+        self._require_inside(relative)
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
@@ -276,6 +317,14 @@ class Storage:
             self.fs.rm(self.path(relative), recursive=True)
         if self.exists(relative):  # s3fs passes over objects that were not deleted
             raise BuilderError(f"{self.shown(relative)} was not removed", "check that you may delete there; try again")
+
+
+def _outside(path: str, real: str) -> BuilderError:
+    return BuilderError(
+        f"{printable(path)} leads out of the output root, to {printable(real)}",
+        "put what it should be in its place; if you made this link yourself, confirm where it leads: "
+        f"--trust-root {printable(os.path.dirname(real))}",
+    )
 
 
 def _file_stamp(path: str) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import fsspec
 
+from builder.display import printable
 from builder.errors import BuilderError
 
 TRIES = 10  # of a request; at a failure rate of 20 % one request in ten million fails them all, after a minute or so
@@ -28,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 EXTRAS = {"s3fs": "s3", "gcsfs": "gs"}
+LOCAL = ("file", "local")
+SUPPORTED = (*LOCAL, *OPTIONS, "memory")  # schemes of URLs; the last lives in this process, and is for trying out
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and AWS_ENDPOINT_URL if it is not AWS",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
@@ -37,6 +40,13 @@ CREDENTIALS = {
 def connect(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of an output root, and its path there. BuilderError for an unknown or uninstalled one."""
     scheme = root.partition("://")[0] if "://" in root else ""
+    if scheme and scheme not in SUPPORTED:
+        raise BuilderError(
+            f"'{printable(root)}': {printable(scheme)}:// is not supported",
+            "give a folder, or a URL with s3:// or gs:// (file:// is a folder)",
+        )
+    if "\0" in root:
+        raise BuilderError(f"'{printable(root)}' is no path", "give a folder, s3://BUCKET/PREFIX or gs://...")
     try:
         fs, path = fsspec.core.url_to_fs(root, **OPTIONS.get(scheme, {}))
     except ImportError:

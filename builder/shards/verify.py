@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import tarfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from builder.display import printable
+from builder.documents import parse_json
 from builder.errors import BuilderError
 from builder.shards.beside import check_beside
 from builder.shards.dataset import Dataset, decode
 from builder.shards.index import Stamps
 from builder.shards.schema import member_json
 from builder.shards.sealed import sealed_file
-from builder.shards.sequential import PIECE, Sequential
+from builder.shards.sequential import PIECE, Hashing, Sequential
+from builder.shards.tars import MAX_TEXT, TarError, read_members
 from builder.shards.writer import INDEXED, manifest_path, pixel_sha256, tar_path
 
 FAST = ("key", "phase", "label", "shard", "offset", "size")  # columns that a look without the tars needs
@@ -211,16 +212,16 @@ def _verify_shard(dataset: Dataset, number: int, rows: list[dict[str, Any]], met
         if INDEXED in metadata:
             findings += _verify_indexed(dataset, number, path, tar_rows, metadata)
             continue
-        try:
-            data = dataset.storage.read(path)
-        except FileNotFoundError:
+        stamp = dataset.storage.stamp(path)
+        if stamp is None:
             findings.append(f"{path}: missing, though manifest {number} names it")
             continue
-        if hashlib.sha256(data).hexdigest() != metadata.get("tar_sha256"):
-            findings.append(_other_bytes(path, number))
-        findings += _verify_members(path, data, tar_rows, whole=path == tar_path(dataset.name, number))
+        with Hashing(Sequential(dataset.storage, path, 0, stamp[0])) as stream:
+            findings += _verify_members(path, stream, stamp[0], tar_rows, whole=path == tar_path(dataset.name, number))
+            if stream.finish() != metadata.get("tar_sha256"):
+                findings.append(_other_bytes(path, number))
         for row in tar_rows:
-            payload = data[row["offset"] : row["offset"] + row["size"]]
+            payload = dataset.storage.read(path, row["offset"], row["size"])
             findings += [f"{row['key']}: {said}" for said in _verify_row(dataset, row, payload)]
     return findings
 
@@ -247,26 +248,29 @@ def _verify_indexed(
     return findings
 
 
-def _verify_members(path: str, data: bytes, rows: list[dict[str, Any]], *, whole: bool) -> list[str]:
+def _verify_members(
+    path: str, stream: io.RawIOBase, size: int, rows: list[dict[str, Any]], *, whole: bool
+) -> list[str]:
     """The tar's members against the rows: KEY.png, KEY.cls and KEY.json each; a view need not use all of a tar."""
+    members: set[str] = set()
+    texts: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {member.name: member for member in tar.getmembers()}
-            texts = {
-                name: tar.extractfile(member).read()  # type: ignore[union-attr]
-                for name, member in members.items()
-                if name.endswith((".cls", ".json"))
-            }
-    except (tarfile.TarError, EOFError, OSError) as error:
+        for member in read_members(stream, size):
+            members.add(member.name)
+            if member.name.endswith((".cls", ".json")):
+                texts[member.name] = member.read(MAX_TEXT)
+    except (TarError, OSError) as error:
         return [f"{path}: not a readable tar ({error})"]
     expected = {f"{row['key']}.{extension}" for row in rows for extension in ("png", "cls", "json")}
-    findings = [f"{path}: member {name} is missing" for name in sorted(expected - set(members))]
+    findings = [f"{path}: member {name} is missing" for name in sorted(expected - members)]
     if whole:
-        findings += [f"{path}: member {name} is not in the manifest" for name in sorted(set(members) - expected)]
+        findings += [f"{path}: member {printable(name)} is not in the manifest" for name in sorted(members - expected)]
     for row in rows:
         label = texts.get(f"{row['key']}.cls")
         if label is not None and label.strip() != str(row["label"]).encode():
-            findings.append(f"{path}: label file of {row['key']} says {label!r}, the manifest {row['label']}")
+            findings.append(
+                f"{path}: label file of {row['key']} says {printable(label, 40)}, the manifest {row['label']}"
+            )
         described = texts.get(f"{row['key']}.json")
         if described is not None and row["origin"] == "synthetic" and not _describes(described, row):
             findings.append(f"{path}: {row['key']}.json does not say what the manifest says")
@@ -276,8 +280,10 @@ def _verify_members(path: str, data: bytes, rows: list[dict[str, Any]], *, whole
 def _describes(text: bytes, row: dict[str, Any]) -> bool:
     """Whether a JSON member says the same as its row; floats are stored in 32 bits in the manifest."""
     try:
-        said = json.loads(text)
-    except json.JSONDecodeError:
+        said = parse_json(text, "it")
+    except BuilderError:
+        return False
+    if not isinstance(said, dict):
         return False
     expected = member_json(row)
     if said.keys() != expected.keys():

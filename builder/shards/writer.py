@@ -18,13 +18,13 @@ from PIL import Image
 
 from builder.errors import BuilderError
 from builder.shards.commit import Pair, commit
+from builder.shards.received import INDEXED as INDEXED
 from builder.shards.schema import member_json, to_table
 from builder.shards.sealed import encode_parquet, open_parquet, without_seal
 from builder.shards.storage import Storage
 
 IMAGES_PER_SHARD = 200  # of datasets that no config says it of
 PNG_LEVEL = 6  # of zlib; part of the bytes, so fixed
-INDEXED = "indexed"  # in a manifest's schema metadata: the tar of others that it lists, in place (see shards.inplace)
 
 
 @dataclass(frozen=True)
