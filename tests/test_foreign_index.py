@@ -155,7 +155,7 @@ def test_urls_mean_tars(tmp_path: Path) -> None:
     for wrong, said in (("c.tar", "no tars at"), ("a{0..3}.tar", r"no tars at .*a3\.tar"), ("a{0..1.tar", "expanded")):
         with pytest.raises(BuilderError, match=said):
             found(wrong)
-    with pytest.raises(BuilderError, match="cannot open"):
+    with pytest.raises(BuilderError, match="nowhere:// is not supported"):
         find_tars(["nowhere://x.tar"], storage)
 
 
@@ -232,12 +232,12 @@ PICTURE = encode_png(textured(0, 16))
     [
         ({"a.tar": tar_bytes({"0.png": PICTURE})}, r"0\.png in .*a\.tar has no class"),
         ({"a.tar": tar_bytes({"0.png": PICTURE, "0.cls": b"3"})}, r"0\.png in .*a\.tar has the class '3'"),
-        ({"a.tar": tar_bytes({"0.png": PICTURE, "0.cls": b"1", "0.json": b"{"})}, r"beside 0\.png in .*a\.tar cannot"),
+        ({"a.tar": tar_bytes({"0.png": PICTURE, "0.cls": b"1", "0.json": b"{"})}, r"beside 0\.png in .*a\.tar is dam"),
         ({"a.tar": tar_bytes({"0.png": b"no png", "0.cls": b"0"})}, r"0\.png in .*a\.tar cannot be read"),
         ({"a.tar": tar_bytes({"0.txt": b"P", ".png": PICTURE})}, r"a\.tar holds no images"),
         ({"a.tar": WHOLE[:700]}, r"a\.tar cannot be read from 0\.png on: unexpected end"),
-        ({"a.tar": WHOLE[: WHOLE.index(b"1.png")]}, r"a\.tar is cut short or damaged after 0\.json"),
-        ({"a.tar": WHOLE.replace(b"1.png", b"2.png")}, r"a\.tar is cut short or damaged after 0\.json"),
+        ({"a.tar": WHOLE[: WHOLE.index(b"1.png")]}, r"a\.tar cannot be read from 0\.json on"),
+        ({"a.tar": WHOLE.replace(b"1.png", b"2.png")}, r"a\.tar cannot be read from 0\.json on"),
         ({"a.tar": b"x" * 2000}, r"a\.tar cannot be read from its first member on"),
         ({"a.tar": b""}, r"a\.tar cannot be read from its first member on: empty file"),
         ({"a.tar": tar_bytes(sample("0", 0) | {"0.jpg": PICTURE})}, r"a\.tar has two images .*'0': 0\.png and 0\.jpg"),

@@ -7,14 +7,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder.errors import BuilderError, did_you_mean
-from builder.shards.schema import IDENTITY, SCORE_NAMES
+from builder.shards.schema import SCORE_NAMES
+
+if TYPE_CHECKING:
+    from builder.shards.where import WhereProcess
 
 HARD_PERCENT = 25.0  # %; of real crops are this hard for the probe: so is a hard image
 HARD_SCORES = ("phase_margin", "phase_probability_real_pct")
@@ -162,7 +165,7 @@ class Facts:
 
     def __init__(self, criteria: Criteria) -> None:
         self.criteria = criteria
-        self._connection: Any = None
+        self._where: WhereProcess | None = None
 
     @property
     def columns(self) -> list[str] | None:
@@ -183,26 +186,11 @@ class Facts:
 
     def _satisfies(self, table: pa.Table) -> pa.Array:
         """Which rows satisfy the SQL condition (duckdb's dialect); unknown counts as not."""
-        import duckdb
+        from builder.shards.where import WhereProcess
 
-        if self._connection is None:
-            self._connection = duckdb.connect(
-                config={"enable_external_access": "false", "python_enable_replacements": "false", "threads": 1}
-            )
-        numbered = table.append_column("row_number_", pa.array(np.arange(table.num_rows)))
-        try:
-            # A relation without a name: a subquery would see the rows of one shard alone, and so finds no table.
-            satisfying = self._connection.from_arrow(numbered).filter(f"coalesce(({self.criteria.where}), false)")
-            rows = satisfying.project("row_number_").fetchnumpy()["row_number_"]
-        except duckdb.Error as error:
-            columns = ", ".join([*(field.name for field in IDENTITY), *SCORE_NAMES])
-            raise BuilderError(
-                f"--where '{self.criteria.where}' is no condition over the manifest: {str(error).splitlines()[0]}",
-                f"write for example --where \"ssim > 0.7 and phase = 'I'\"; columns are, among others, {columns}",
-            ) from None
-        satisfied = np.zeros(table.num_rows, bool)
-        satisfied[np.asarray(rows, np.int64)] = True
-        return pa.array(satisfied)
+        if self._where is None:
+            self._where = WhereProcess(self.criteria.where)
+        return pa.array(self._where.satisfies(table))
 
 
 def judge(table: pa.Table, criteria: Criteria) -> Judgement:

@@ -26,13 +26,14 @@ from builder.phases import ClassTable
 from builder.shards.dataset import Dataset
 from builder.shards.foreign import IMAGES, SAYS, class_code, find_tars, foreign_info, read_foreign, split_name
 from builder.shards.lock import exclusive
-from builder.shards.received import INDEXED, MAX_KEY, VOUCHER, checked, is_key, read_parquet
+from builder.shards.received import INDEXED, MAX_KEY, VOUCHER, checked, is_key, read_parquet, reopened
 from builder.shards.schema import to_table
+from builder.shards.sealed import open_parquet
 from builder.shards.sequential import Hashing, Sequential
 from builder.shards.storage import READERS, Storage
 from builder.shards.tars import MAX_TEXT, TarError, read_members
 from builder.shards.verify import Keys
-from builder.shards.writer import image_row, manifest_path, write_manifest
+from builder.shards.writer import image_row, manifest_name, manifest_path, write_manifest
 from builder.trust import is_vouched, vouch
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -141,10 +142,11 @@ def _vouch_again(dataset: Dataset, tars: set[str]) -> None:
         tar = metadata[INDEXED]
         if tar not in tars or is_vouched(tar, metadata.get(VOUCHER)) or not (voucher := vouch(tar)):
             continue
-        path = manifest_path(dataset.name, number)
-        table = read_parquet(io.BytesIO(dataset.storage.read(path)), None)
-        table = table.replace_schema_metadata({**metadata, VOUCHER: voucher})
-        write_manifest(dataset.storage, path, checked(table, [{**metadata, VOUCHER: voucher}]))
+        metadata[VOUCHER] = voucher
+        data = dataset.storage.read(manifest_path(dataset.name, number))
+        opened = open_parquet(data, name=manifest_name(number))
+        table = checked(read_parquet(lambda texts: reopened(opened, data, texts), None), [metadata])  # noqa: B023
+        write_manifest(dataset.storage, manifest_path(dataset.name, number), table.replace_schema_metadata(metadata))
 
 
 def _info(urls: Sequence[str], dataset: Dataset, description: Description) -> dict[str, Any]:

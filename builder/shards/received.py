@@ -41,7 +41,6 @@ RANGES = {
     "height": (1, MAX_SIDE),
 }  # fmt: skip
 NUMBERS = ("start", "stop", "tar_bytes")  # of the schema metadata
-PATTERNS = {"sha256": r"^[0-9a-f]{64}$", "phase": r"^[A-Za-z0-9_]{1,16}$", "origin": r"^(real|synthetic)$"}
 BAD_KEY = r"^$|^/|(^|/)\.\.(/|$)|[\\\x00-\x1f\x7f]"  # a key becomes the name of a file
 
 
@@ -142,19 +141,19 @@ def checked(table: pa.Table, metadatas: Iterable[Mapping[str, str]], columns: Se
     Raises:
         ManifestError: they are not, or name a tar that the dataset may not name.
     """
-    table = _typed(table, columns)
-    for name in REQUIRED:
-        if name in table.column_names and table[name].null_count:
-            raise ManifestError(f"the column '{name}' has missing values")
-    for field in table.schema:
-        if pa.types.is_string(field.type):
-            table[field.name].validate(full=True)  # that it is UTF-8
-            if table[field.name].nbytes > MAX_TEXT:
-                _require_short(field.name, table[field.name])
+    table, texts = _typed(table, columns)
     if table.num_rows:
-        _require_ranges(table)
-        if "shard" in table.column_names:
-            require_places(pc.unique(table["shard"]).to_pylist(), metadatas)
+        found = {name: table.column(place) for place, name in enumerate(table.schema.names) if name in REQUIRED}
+        for name, column in found.items():
+            if column.null_count:
+                raise ManifestError(f"the column '{name}' has missing values")
+        for place, name in texts:
+            column = table.column(place)
+            if column.null_count < len(column):
+                _require_text(name, column)
+        _require_ranges(found)
+        if "shard" in found:
+            require_places(pc.unique(found["shard"]).to_pylist(), metadatas)
     return table
 
 
@@ -177,8 +176,16 @@ def require_places(shards: Iterable[str], metadatas: Iterable[Mapping[str, str]]
             raise OutsideError(shard)
 
 
-def _typed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
-    names = table.column_names
+Places = list[tuple[int, str]]  # place and name of columns
+
+
+def _typed(table: pa.Table, columns: Sequence[str] | None) -> tuple[pa.Table, Places]:
+    """The rows with the columns that were asked for, each of its type; and which of them are text."""
+    global _sound
+    schema = table.schema
+    if _sound is not None and _sound[0] == columns and schema.equals(_sound[1]):
+        return table, _sound[2]  # as the manifest before it
+    names = schema.names
     if len(set(names)) != len(names):
         raise ManifestError("two of its columns have the same name")
     for name in REQUIRED if columns is None else [name for name in columns if name in REQUIRED]:
@@ -186,7 +193,7 @@ def _typed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
             raise ManifestError(f"it has no column '{name}'")
     for place, name in enumerate(names):
         index = SCHEMA.get_field_index(name)
-        if index < 0 or (found := table.schema.field(place).type) == SCHEMA.field(index).type:
+        if index < 0 or (found := schema.field(place).type) == SCHEMA.field(index).type:
             continue
         try:
             table = table.set_column(place, SCHEMA.field(index), table[name].cast(SCHEMA.field(index).type))
@@ -198,7 +205,14 @@ def _typed(table: pa.Table, columns: Sequence[str] | None) -> pa.Table:
         if name not in names:
             field = SCHEMA.field(name)
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table
+    texts = [(place, field.name) for place, field in enumerate(table.schema) if pa.types.is_string(field.type)]
+    if table.schema.equals(schema):
+        _sound = columns, schema, texts
+    return table, texts
+
+
+# What was asked for, a schema that needs no change for it, and its text columns.
+_sound: tuple[Sequence[str] | None, pa.Schema, Places] | None = None
 
 
 def _require_short(name: str, values: pa.Array | pa.ChunkedArray) -> None:
@@ -207,24 +221,65 @@ def _require_short(name: str, values: pa.Array | pa.ChunkedArray) -> None:
         raise ManifestError(f"the column '{name}' has a text of {longest:,} bytes")
 
 
-def _require_ranges(table: pa.Table) -> None:
-    names = table.column_names
+def _require_text(name: str, column: pa.ChunkedArray) -> None:
+    """Refuse a text column with what is no UTF-8, with long texts, or with characters that it may not have."""
+    for chunk in column.chunks:
+        lengths, data = _text(chunk)
+        if not data.size:
+            continue
+        if int(data.max()) >= 128:
+            chunk.validate(full=True)  # raises where it is not UTF-8
+        if len(data) > MAX_TEXT and int(lengths.max()) > MAX_TEXT:
+            raise ManifestError(f"the column '{name}' has a text of {int(lengths.max()):,} bytes")
+        if name in ALPHABETS and not ALPHABETS[name][data].all():
+            _refuse(name, chunk, pc.invert(pc.match_substring_regex(chunk, WHOLE[name])))
+    if name in LENGTHS:
+        least, most = LENGTHS[name]
+        lengths = np.concatenate([_text(chunk)[0] for chunk in column.chunks])
+        if int(lengths.min()) < least or int(lengths.max()) > most:
+            _refuse(name, column, (lengths < least) | (lengths > most))
+
+
+def _text(chunk: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Of a text array: length of each text in bytes (int32 [N]), and all bytes in a row (uint8)."""
+    if not len(chunk) or chunk.buffers()[2] is None:
+        return np.zeros(len(chunk), np.int32), np.empty(0, np.uint8)
+    ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return np.diff(ends), np.frombuffer(chunk.buffers()[2], np.uint8)[ends[0] : ends[-1]]
+
+
+def _require_ranges(found: Mapping[str, pa.ChunkedArray]) -> None:
     for name, (low, high) in RANGES.items():
-        if name in names:
-            found = pc.min_max(table[name]).as_py()
-            if found["min"] < low or found["max"] > high:
-                wrong = found["min"] if found["min"] < low else found["max"]
+        if name in found:
+            values = found[name].to_numpy()
+            least, most = int(values.min()), int(values.max())
+            if least < low or most > high:
+                wrong = least if least < low else most
                 raise ManifestError(f"the column '{name}' has {wrong}, and must lie from {low} to {high}")
-    for name, pattern in PATTERNS.items():
-        if name in names:
-            _refuse(name, table[name], pc.invert(pc.match_substring_regex(table[name], pattern)))
-    if "key" in names:
-        _refuse("key", table["key"], pc.match_substring_regex(table["key"], BAD_KEY))
-        if pc.max(pc.binary_length(table["key"])).as_py() > MAX_KEY:
-            raise ManifestError(f"the column 'key' has one of more than {MAX_KEY} bytes")
+    if "key" in found:
+        chunks = [_text(chunk)[1] for chunk in found["key"].chunks]
+        if any((chunk == ord("/")).any() for chunk in chunks):
+            _refuse("key", found["key"], pc.match_substring_regex(found["key"], BAD_KEY))
 
 
-def _refuse(name: str, values: pa.ChunkedArray, wrong: Any) -> None:
+def _refuse(name: str, values: pa.Array | pa.ChunkedArray, wrong: Any) -> None:
     places = np.flatnonzero(np.asarray(wrong))
     if len(places):
         raise ManifestError(f"the column '{name}' has '{printable(values[int(places[0])].as_py(), 80)}'")
+
+
+def _alphabet(allowed: bytes) -> np.ndarray:
+    table = np.zeros(256, bool)
+    table[list(allowed)] = True
+    return table
+
+
+WORD = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_"
+ALPHABETS = {  # bytes that the texts of a column are made of
+    "sha256": _alphabet(b"0123456789abcdef"),
+    "phase": _alphabet(WORD),
+    "origin": _alphabet(b"realsynthetic"),
+    "key": _alphabet(bytes(set(range(32, 256)) - {ord("\\"), 127})),
+}
+WHOLE = {"sha256": "^[0-9a-f]*$", "phase": "^[A-Za-z0-9_]*$", "origin": "^[a-z]*$", "key": r"^[^\\\x00-\x1f\x7f]*$"}
+LENGTHS = {"sha256": (64, 64), "phase": (1, 16), "origin": (4, 9), "key": (1, MAX_KEY)}  # least and most bytes

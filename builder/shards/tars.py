@@ -72,7 +72,9 @@ def read_members(stream: io.RawIOBase, size: int, *, start: int = 0, unique: boo
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 place = start + found.offset_data
                 if not 0 <= found.size <= size - place:
-                    raise TarError(f"'{printable(found.name)}' claims {found.size:,} bytes, and the file has {size:,}")
+                    raise TarError(
+                        f"unexpected end: it claims {found.size:,} bytes, and the tar has {size:,}", found.name
+                    )
                 last = found.name
                 if found.isdir():
                     continue
@@ -87,16 +89,9 @@ def read_members(stream: io.RawIOBase, size: int, *, start: int = 0, unique: boo
     except TarError as error:
         raise TarError(str(error), error.member or last) from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError) as error:  # what tarfile lets through
-        raise TarError(_why(error), last) from None
+        raise TarError(printable(str(error)), last) from None
     except RecursionError:
         raise TarError("its headers are nested without end", last) from None
-
-
-def _why(error: Exception) -> str:
-    said = printable(str(error))
-    if said in ("bad checksum", "truncated header", "invalid header") or "octal" in said:
-        return f"{said}; a compressed tar can't be read in place, unpack it to .tar"
-    return said
 
 
 def _kind(found: tarfile.TarInfo) -> str:
@@ -124,7 +119,7 @@ class _BoundedInfo(tarfile.TarInfo):
                 "empty file" if archive.offset == 0 else "its end mark is missing: it is cut short"
             ) from None
         except tarfile.HeaderError as error:
-            raise TarError(_why(error)) from None
+            raise TarError(f"{error}; is it compressed? Then unpack it to .tar") from None
 
     def _require_short(self) -> None:
         if not 0 <= self.size <= MAX_HEADER:
