@@ -11,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from builder.config import PRESETS
 from builder.config.errors import as_builder_error
 from builder.config.models import Config
+from builder.display import printable
 from builder.errors import BuilderError, did_you_mean
+from builder.files import read_file
 
 
 def load_config(source: str | None = None, overrides: Sequence[str] = (), preset: str | None = None) -> Config:
@@ -54,17 +56,23 @@ def _checked(data: dict[str, Any], where: str, sources: Mapping[str, str] | None
 
 
 def _parse(text: str | bytes, what: str, remedy: str) -> Any:
-    import yaml
+    from builder.safe_yaml import parse_yaml
+
+    return parse_yaml(text, what, remedy)
+
+
+def _bytes(path: Path) -> bytes:
+    from builder.safe_yaml import MAX_BYTES
 
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BuilderError(f"{what} is not valid YAML: {error}", remedy) from None
+        return read_file(path, MAX_BYTES + 1)
+    except OSError as error:
+        raise BuilderError(f"{printable(str(path))} cannot be read: {error.strerror}", "check the path") from None
 
 
 def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The keys of a YAML file; with `extends: OTHER` (a config beside it, or in configs/) on top of that one's."""
-    data = _parse(path.read_bytes(), str(path), "mend the file") or {}
+    data = _parse(_bytes(path), str(path), "mend the file") or {}
     if not isinstance(data, dict):
         raise BuilderError(f"{path} holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
     base = data.pop("extends", None)

@@ -21,7 +21,7 @@ from builder.errors import BuilderError, did_you_mean
 from builder.images import read_hashed
 from builder.phases import ClassTable
 from builder.shards.index import Stamps, open_index
-from builder.shards.received import ManifestError, OutsideError, checked, read_parquet, recorded
+from builder.shards.received import ManifestError, OutsideError, checked, read_parquet, recorded, reopened
 from builder.shards.sealed import DamagedError, open_parquet, without_seal
 from builder.shards.storage import Storage
 from builder.shards.writer import manifest_name, manifest_path, pixel_sha256
@@ -191,9 +191,9 @@ class Dataset:
             return self.storage.read(manifest_path(self.name, number))
 
     @contextmanager
-    def _explained(self, number: int | None) -> Iterator[None]:
-        """Turn what is wrong with a manifest (None: with the index) into a BuilderError that names it."""
-        where = f"manifests/{self.name}/{INDEX}" if number is None else manifest_path(self.name, number)
+    def _explained(self, number: int) -> Iterator[None]:
+        """Turn what is wrong with a manifest into a BuilderError that names it."""
+        where = manifest_path(self.name, number)
         try:
             yield
         except OutsideError as error:

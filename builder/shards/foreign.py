@@ -7,7 +7,6 @@ can tell them from others by their file. The name of the original stays in the c
 from __future__ import annotations
 
 import datetime
-import io
 import itertools
 import re
 from collections import Counter
