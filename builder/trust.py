@@ -16,6 +16,8 @@ import os
 import secrets
 from pathlib import Path, PurePosixPath
 
+from builder.display import printable
+from builder.errors import BuilderError
 from builder.files import read_file, replace_file
 
 VARIABLE = "BUILDER_TRUST_ROOTS"
@@ -36,7 +38,10 @@ def is_vouched(name: str, voucher: str | None) -> bool:
 
 
 def trust_roots(places: list[str]) -> None:
-    """Confirm places for this process and those that it starts."""
+    """Confirm places for this process and those that it starts. BuilderError for one that can't be written down."""
+    for place in places:
+        if not place or any(character.isspace() for character in place):
+            raise BuilderError(f"--trust-root '{printable(place)}' is empty or has a space", "name it through a link")
     os.environ[VARIABLE] = " ".join([*trusted_roots(), *places])
 
 
@@ -58,6 +63,18 @@ def is_trusted(name: str) -> bool:
 
 def _urls() -> list[tuple[str, ...]]:
     return [PurePosixPath(place).parts for place in trusted_roots() if "://" in place]
+
+
+def may_read(reference: str, voucher: str | None = None) -> bool:
+    """Whether a received file may lead to `reference`: a place below the working directory, vouched for, or confirmed.
+
+    A name of the hub (OWNER/NAME) is looked up in the user's own cache, and counts as below the working directory.
+    """
+    if "\0" in reference or "\\" in reference:
+        return False
+    if "://" not in reference and is_below(os.path.realpath(reference), os.path.realpath(".")):
+        return True
+    return is_vouched(reference, voucher) or is_trusted(reference)
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -7,6 +7,7 @@ Command modules import the rooms inside their functions: `builder --help` must a
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ import click
 
 import builder
 from builder.cli.ablate import ablate
+from builder.cli.arguments import BoundedGroup
 from builder.cli.bench import bench
 from builder.cli.checkpoint import checkpoint
 from builder.cli.classify import classify
@@ -35,10 +37,18 @@ from builder.cli.shards import regenerate, shards
 from builder.cli.status import status
 from builder.cli.train import train
 from builder.cli.tune import tune_filter
+from builder.display import printable_lines
 from builder.errors import BuilderError, Terminated
 
+ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# A path of the user's that is something else than the command takes.
+PATHS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EEXIST,
+    errno.ENODEV,
+)  # fmt: skip
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+@click.group(cls=BoundedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(builder.__version__, prog_name="builder")
 def cli() -> None:
     """Offline builder of synthetic, phase-labelled wound crops.
@@ -80,6 +90,8 @@ for command in (
 def main() -> NoReturn:
     """The console script `builder`."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name need not be text
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except BuilderError as error:
@@ -94,17 +106,22 @@ def main() -> NoReturn:
     except BrokenPipeError:  # who read our output has seen enough (`builder list | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would say so again
         sys.exit(1)
+    except MemoryError:
+        _fail("memory ran out", "take smaller batches, fewer workers, or a machine with more")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in ROOM:
+            remedy = "make room, mend the permissions, or choose another --out; the same command continues"
+        elif error.errno in PATHS and error.filename is not None:
+            remedy = "check the path: what it is, and whether it is there"
+        else:
             raise
-        what = f"{error.filename or 'a file'} cannot be read or written: {error.strerror}"
-        _fail(what, "make room, mend the permissions, or choose another --out; the same command continues")
+        _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}", remedy)
 
 
 def _fail(what: str, remedy: str) -> NoReturn:
-    click.echo(f"error: {what}", err=True)
+    click.echo(f"error: {printable_lines(what)}", err=True)
     if remedy:
-        click.echo(f"       {remedy}", err=True)
+        click.echo(f"       {printable_lines(remedy)}", err=True)
     sys.exit(2)
 
 

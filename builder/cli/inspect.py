@@ -49,11 +49,13 @@ def list_(out: str) -> None:
 @click.option("--repair", is_flag=True, help="Remove damaged shards, and make them again as they were.")
 @click.option("--checkpoint", metavar="NAME|DIR", help="With --repair: where the checkpoint is now.")
 @click.option("--real", metavar="NAME|PATH", help="With --repair: where the real dataset of its scores is now.")
+@click.option("--features", metavar="SPEC", help="With --repair: the feature extractor, where it is code of your own.")
 @out_option
 @partial_option
 def verify(
-    dataset: str | None, fast: bool, repair: bool, checkpoint: str | None, real: str | None, out: str, partial: bool
-) -> None:
+    dataset: str | None, fast: bool, repair: bool, checkpoint: str | None, real: str | None, features: str | None,
+    out: str, partial: bool,
+) -> None:  # fmt: skip
     """Check every shard against its manifest; exit 1 and a list when anything is off."""
     from builder.shards.compact import in_step
     from builder.shards.dataset import find_dataset
@@ -67,7 +69,7 @@ def verify(
     if in_step(found) is False:
         click.echo(f"note: the index is not used for all shards: `builder compact {found.name}` brings it in step")
     if repair and (report.findings or is_unfinished(found)):
-        _repair(found, report, checkpoint, real)
+        _repair(found, report, checkpoint, real, features)
         report = _check(found, fast)
     if report.findings:
         click.echo(f"dataset '{found.name}': {len(report.findings)} findings", err=True)
@@ -88,7 +90,7 @@ def _check(dataset: Dataset, fast: bool) -> Report:
     return report
 
 
-def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str | None) -> None:
+def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str | None, features: str | None) -> None:
     """Remove the damaged shards of a batch job's dataset, and have the job make what is missing."""
     from builder.shards.repair import drop_shards, how_to_remake, is_of_a_job
 
@@ -112,7 +114,7 @@ def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str 
             "run its `builder shards` command again: it makes them, and the rest",
         )
     against = find_dataset(real or load_reference(dataset).against, dataset.storage.root)
-    spec, _ = recorded_spec(dataset, checkpoint, posixpath.join(against.storage.root, against.name))
+    spec, _ = recorded_spec(dataset, checkpoint, posixpath.join(against.storage.root, against.name), features)
     drop_shards(dataset, numbers)
     click.echo(f"removed {len(numbers)} damaged shards: {', '.join(map(str, numbers)) or 'none'}")
     outcome = run_job(

@@ -12,16 +12,32 @@ from builder.config import PRESETS
 from builder.errors import BuilderError
 from builder.models.guards import GUARDS, Finding
 from builder.progress import is_first_process
+from builder.trust import trust_roots
 
 if TYPE_CHECKING:
     from builder.config import Config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-out_option = click.option(
-    "--out", default=".", show_default=True, metavar="ROOT",
-    help="Output root: datasets are ROOT/shards/NAME and ROOT/manifests/NAME.",
-)  # fmt: skip
+
+def out_option(function: F) -> F:
+    """--out, and --trust-root for what lies outside of it."""
+    function = click.option(
+        "--trust-root", "trusted", multiple=True, metavar="PLACE", expose_value=False, callback=_trust,
+        help="Read what a received dataset or checkpoint names below this folder or URL, outside ROOT. "
+        "[also: $BUILDER_TRUST_ROOTS]",
+    )(function)  # fmt: skip
+    return click.option(
+        "--out", default=".", show_default=True, metavar="ROOT",
+        help="Output root: datasets are ROOT/shards/NAME and ROOT/manifests/NAME.",
+    )(function)  # fmt: skip
+
+
+def _trust(context: click.Context, parameter: click.Parameter, places: tuple[str, ...]) -> None:
+    if places:
+        trust_roots(list(places))
+
+
 partial_option = click.option("--partial", is_flag=True, help="Use a dataset that is not complete.")
 dataset_argument = click.argument("dataset", required=False)
 

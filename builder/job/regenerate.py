@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from builder.config import config_from_json
+from builder.display import printable
 from builder.errors import BuilderError
 from builder.job.plan import Plan
 from builder.job.run import VERSIONS
 from builder.job.spec import JobSpec
+from builder.quality.features import DEFAULT
 from builder.shards.dataset import Dataset
 from builder.shards.writer import pixel_sha256
+from builder.trust import may_read
 
 if TYPE_CHECKING:
+    from builder.config import Config
     from builder.models.checkpoint import Checkpoint
 
 
@@ -33,12 +37,19 @@ class Comparison:
 
 
 def recorded_spec(
-    dataset: Dataset, checkpoint: str | None = None, real: str | None = None
+    dataset: Dataset, checkpoint: str | None = None, real: str | None = None, features: str | None = None
 ) -> tuple[JobSpec, Checkpoint]:
     """The job that made `dataset`, as dataset.json records it, and its checkpoint (default: where it was then).
 
-    real: the dataset that its scores are measured against; not needed to make images alone. BuilderError when no job
-    made the dataset, or the checkpoint is not there or has other weights.
+    Args:
+        dataset: A synthetic dataset.
+        checkpoint: Where its checkpoint is now.
+        real: The dataset that its scores are measured against; not needed to make images alone.
+        features: The feature extractor of its scores, where it is one's own code or files.
+
+    Raises:
+        BuilderError: no job made the dataset; the checkpoint is not there or has other weights; what dataset.json
+            records would run code or read files that the user didn't name.
     """
     from builder.models.checkpoint import resolve
 
@@ -48,12 +59,18 @@ def recorded_spec(
             f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
         )
     keys = info["fingerprint_keys"]
+    if not checkpoint and not may_read(info["checkpoint"], info.get("checkpoint_voucher")):
+        raise BuilderError(
+            f"'{dataset.name}' was made from the checkpoint {printable(info['checkpoint'])}, which lies outside the "
+            "working directory, and this user didn't make the dataset",
+            "give the checkpoint with --checkpoint",
+        )
     found = resolve(checkpoint or info["checkpoint"], run=info["checkpoint"])
     if found.sha256 != keys["checkpoint"]:
         raise BuilderError(
             f"the weights in {found.path} are not those that made '{dataset.name}'", "give the right --checkpoint"
         )
-    config = config_from_json(info["config"])
+    config = _named_by_user(config_from_json(info["config"]), dataset.name, features)
     spec = JobSpec(
         config=replace(config, sample=replace(config.sample, dtype=keys["dtype"])),  # 'auto' may mean another here
         plan=Plan(tuple(keys["phases"]), tuple(keys["weights"])),
@@ -68,6 +85,24 @@ def recorded_spec(
     return spec, found
 
 
+def _named_by_user(config: Config, name: str, features: str | None) -> Config:
+    """The recorded config, with the extractor that the user names. What is recorded never chooses code or files."""
+    if features is not None:
+        config = replace(config, score=replace(config.score, features=features))
+    elif config.score.features.partition(":")[2]:
+        raise BuilderError(
+            f"the scores of '{name}' are of the features '{printable(config.score.features)}': a dataset may "
+            "not choose what code runs or which files are read",
+            "if you know them, name them yourself with --features",
+        )
+    if config.score.lpips not in ("auto", "off") and not may_read(config.score.lpips):
+        raise BuilderError(
+            f"the scores of '{name}' are of the weights {printable(config.score.lpips)}, outside the working directory",
+            "if you know them, confirm their folder with --trust-root",
+        )
+    return config
+
+
 class Regenerator:
     """Replays images of one synthetic dataset, from the recorded checkpoint or a given one with the same weights."""
 
@@ -76,7 +111,7 @@ class Regenerator:
         from builder.sampling.sampler import load_sampler
 
         self.dataset = dataset
-        self.spec, found = recorded_spec(dataset, checkpoint)
+        self.spec, found = recorded_spec(dataset, checkpoint, features=DEFAULT)  # images alone need none
         self.sampler = load_sampler(found, self.spec.config, prepare(0))
         self.versions = dataset.info["versions"]
 

@@ -36,6 +36,7 @@ from builder.sampling.seeds import MAX_INDEX
 from builder.shards.commit import STAGED
 from builder.shards.dataset import Dataset, find_dataset
 from builder.shards.storage import Storage
+from builder.trust import vouch
 
 log = logging.getLogger(__name__)
 VERSIONS = ("torch", "diffusers", "transformers", "numpy", "pillow")
@@ -316,6 +317,7 @@ def _new_info(spec: JobSpec, lineage: dict[str, Any], licence: dict[str, str]) -
         "classes": spec.config.classes.to_json(),
         "config": spec.config.to_json(),
         "checkpoint": "demo" if Path(spec.checkpoint) == DEMO else spec.checkpoint,  # that one is wherever we are
+        "checkpoint_voucher": vouch(spec.checkpoint),
         "fingerprint": spec.fingerprint,
         "fingerprint_keys": spec.keys(),
         "lineage": lineage,

@@ -6,7 +6,6 @@ A wrong weight file is an error, never ignored.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ import torch
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPTokenizer
 
+from builder.display import printable
+from builder.documents import MAX_BYTES, parse_json
 from builder.errors import BuilderError
+from builder.files import read_file
 from builder.models.building import Architecture, Pipeline
 from builder.models.checkpoint import DESCRIPTION, Checkpoint, read_description, without_bars
 from builder.models.families import Family, family_of
@@ -24,6 +26,8 @@ from builder.models.lora import ADAPTER, fuse_lora, load_lora
 from builder.models.single_file import load_single_file
 from builder.models.source import locate, weights_sha256
 from builder.models.strict import refuse_any
+from builder.models.tensors import require_parts_inside
+from builder.trust import may_read
 
 ALIGNMENT = 64  # bytes: of what torch allocates on a CPU
 REMEDY = "the weights and config.json are not of one model; copy the whole checkpoint folder again"
@@ -110,6 +114,13 @@ def _load_adapted(folder: Path) -> Pipeline:
     named = description.get("base") or {}
     if not named.get("reference") or not named.get("sha256"):
         raise BuilderError(f"{folder / DESCRIPTION} names no base for its LoRA", "give `base`: reference and sha256")
+    if not may_read(named["reference"], named.get("voucher")):
+        raise BuilderError(
+            f"the LoRA in {folder} names the base {printable(named['reference'])}, which lies outside the working "
+            "directory, and this user didn't train it",
+            "put a copy of the base below the working directory, or confirm its place with --trust-root "
+            "(or BUILDER_TRUST_ROOTS)",
+        )
     try:
         base = locate(named["reference"])
     except BuilderError as error:
@@ -135,6 +146,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _weights(folder: Path, kind: Any, stem: str) -> Any:
     _read_json(folder / "config.json")
+    require_parts_inside(folder / f"{stem}.safetensors.index.json")
     if not any((folder / f"{stem}{end}").is_file() for end in (".safetensors", ".safetensors.index.json")):
         raise BuilderError(
             f"{folder} has no {stem}.safetensors", "copy the whole checkpoint folder; other weight formats are not read"
@@ -174,11 +186,14 @@ def _scheduler(folder: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        data = parse_json(read_file(file, MAX_BYTES + 1), str(file), remedy="copy the whole checkpoint folder again")
     except FileNotFoundError:
         raise BuilderError(f"{file} is missing", "copy the whole checkpoint folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise BuilderError(f"{file} is not valid JSON: {error}", "copy the whole checkpoint folder again") from None
+    except OSError as error:
+        raise BuilderError(f"{file} cannot be read: {error.strerror}", "copy the whole checkpoint folder") from None
+    if not isinstance(data, dict):
+        raise BuilderError(f"{file} is not valid JSON of keys and values", "copy the whole checkpoint folder again")
+    return data
 
 
 @contextlib.contextmanager

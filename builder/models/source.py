@@ -11,6 +11,7 @@ from builder.errors import BuilderError
 from builder.models.checkpoint import Checkpoint, read_checkpoint, resolve
 from builder.models.families import FAMILIES
 from builder.models.single_file import family_of_file
+from builder.trust import vouch
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?")
@@ -42,8 +43,11 @@ def locate(reference: str | Path, download: bool = False) -> Checkpoint:
 
 
 def base_of(checkpoint: Checkpoint, reference: str | Path) -> dict[str, str]:
-    """How checkpoint.json names a base: the reference it was asked for by, and the SHA-256 of its weights."""
-    return {"reference": str(reference), "sha256": weights_sha256(checkpoint)}
+    """How checkpoint.json names a base: the reference it was asked for by, the SHA-256 of its weights, our voucher."""
+    voucher = vouch(str(reference))
+    return {
+        "reference": str(reference), "sha256": weights_sha256(checkpoint), **({"voucher": voucher} if voucher else {}),
+    }  # fmt: skip
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from builder.display import printable
+from builder.documents import MAX_BYTES, parse_json
 from builder.errors import BuilderError
+from builder.files import read_file
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")  # the name of one file of a model
 NAMED_KEYS = 10  # of a mismatch, in the error
 
 # Of each tensor its dtype and shape: what a file's header says before the first tensor is read.
@@ -34,9 +39,7 @@ class StoredTensors:
             if single.is_file():
                 files = [single]
             elif index.is_file():
-                files = sorted(
-                    {folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
-                )
+                files = [folder / name for name in require_parts_inside(index)]
             else:
                 raise BuilderError(f"{folder} has no {single.name}", "copy the whole checkpoint folder")
             for file in files:
@@ -90,3 +93,21 @@ def listed(names: list[str]) -> str:
     """The first ten of many names, and how many more there are."""
     more = f" and {len(names) - NAMED_KEYS} more" if len(names) > NAMED_KEYS else ""
     return ", ".join(names[:NAMED_KEYS]) + more
+
+
+def require_parts_inside(index: Path) -> list[str]:
+    """The files that a *.safetensors.index.json lists, sorted; none where there is no such index.
+
+    BuilderError for one that is not a plain name: it would be read from outside the folder.
+    """
+    if not index.is_file():
+        return []
+    remedy = "copy the whole checkpoint folder again"
+    data = parse_json(read_file(index, MAX_BYTES + 1), str(index), remedy=remedy)
+    listed = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise BuilderError(f"{index} has no 'weight_map' of names", remedy)
+    for name in listed.values():
+        if not PART.fullmatch(name):
+            raise BuilderError(f"{index} names {printable(name)}, which is no file of its folder", remedy)
+    return sorted(set(listed.values()))

@@ -28,6 +28,7 @@ class DatasetDocument(Open):
     fingerprint: Short | None = None
     fingerprint_keys: Table | None = None
     checkpoint: Text | None = None
+    checkpoint_voucher: Short | None = None
     lineage: LineageEntry | None = None
     parent: Name | None = None
     parent_created: Short | None = None

@@ -7,6 +7,7 @@ are added, and tars that changed are read again. The images stay as they are, in
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -318,6 +319,12 @@ def _check(dataset: Dataset, summary: Summary) -> None:
         )
 
 
+def _forms(metadata: Mapping[str, str]) -> list[str]:
+    """The forms of patients that a manifest's metadata lists."""
+    forms = parse_json(metadata.get(PATIENT_FORMS, "[]").encode(), f"'{PATIENT_FORMS}' of a manifest")
+    return [form for form in forms if isinstance(form, str)] if isinstance(forms, list) else []
+
+
 def _lineage(dataset: Dataset, summary: Summary, origin: str) -> dict[str, Any]:
     """As dataset.json has it: known of real images that all have a patient, hashed with one known key."""
     metadatas = [metadata for _, metadata in dataset.metadatas() if PATIENT_KEY in metadata]
@@ -329,7 +336,7 @@ def _lineage(dataset: Dataset, summary: Summary, origin: str) -> dict[str, Any]:
         )
     key = next(iter(keys - {"unknown"}), None)
     known = origin == "real" and key is not None and not summary.without["patient"]
-    forms: set[str] = set().union(*(json.loads(metadata.get(PATIENT_FORMS, "[]")) for metadata in metadatas))
+    forms: set[str] = set().union(*(_forms(metadata) for metadata in metadatas))
     source = INDEX if key is not None else None
     return {
         "known": known, "key_fingerprint": key, "patients": [], "patient_source": source,
