@@ -10,12 +10,15 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from builder.errors import BuilderError
+from builder.shards import received
 from builder.shards.dataset import Dataset, find_dataset, resize
 from builder.shards.lock import exclusive
 from builder.shards.remove import remove_dataset
+from builder.shards.schema import LIST_LENGTHS
 from builder.shards.storage import TEMPORARY, Storage
 from builder.shards.verify import stray_tars, verify_dataset
 from builder.shards.writer import Sample, encode_png, image_row, tar_path, write_manifest, write_shard
@@ -233,3 +236,16 @@ def test_hugging_face_datasets_reads_the_shards(clinic: Dataset, tmp_path: Path)
     sample = next(iter(loaded))
     assert sample["png"].size == (64, 64)
     assert sample["json"]["key"] == sample["__key__"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("box", pa.float32()), ("original_size", pa.int32()), ("guidance_interval", pa.float32())]
+)
+def test_lists_of_numbers_have_their_length(name: str, kind: pa.DataType) -> None:
+    length = LIST_LENGTHS[name]
+    for good in ([None], [[1] * length], [[1] * length, None]):
+        table = pa.table({name: pa.array(good, pa.list_(kind, length))})  # as manifests had them at first
+        assert received.checked(table, [], (name,))[name].type == pa.list_(kind)
+    for bad in ([[1] * (length - 1)], [[1] * length, []], [[1] * (length - 1) + [None]]):
+        with pytest.raises(received.ManifestError, match=f"'{name}' has a list that is not of {length} numbers"):
+            received.checked(pa.table({name: pa.array(bad, pa.list_(kind))}), [], (name,))

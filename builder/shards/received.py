@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder.display import printable
-from builder.shards.schema import IDENTITY, REAL, SCHEMA, SYNTHETIC
+from builder.shards.schema import IDENTITY, LIST_LENGTHS, REAL, SCHEMA, SYNTHETIC
 from builder.trust import is_trusted, is_vouched
 
 INDEXED = "indexed"  # in a manifest's schema metadata: the tar of others that it lists, in place (see shards.inplace)
@@ -152,6 +152,9 @@ def checked(table: pa.Table, metadatas: Iterable[Mapping[str, str]], columns: Se
             if column.null_count < len(column):
                 _require_text(name, column)
         _require_ranges(found)
+        for name, length in LIST_LENGTHS.items():
+            if name in table.column_names:
+                _require_length(name, table[name], length)
         if "shard" in found:
             require_places(pc.unique(found["shard"]).to_pylist(), metadatas)
     return table
@@ -213,6 +216,15 @@ def _typed(table: pa.Table, columns: Sequence[str] | None) -> tuple[pa.Table, Pl
 
 # What was asked for, a schema that needs no change for it, and its text columns.
 _sound: tuple[Sequence[str] | None, pa.Schema, Places] | None = None
+
+
+def _require_length(name: str, column: pa.ChunkedArray, length: int) -> None:
+    """Refuse lists of another length, or with missing numbers; a missing list is none."""
+    if column.null_count == len(column):
+        return
+    lengths = pc.min_max(pc.list_value_length(column)).as_py()
+    if lengths != {"min": length, "max": length} or pc.list_flatten(column).null_count:
+        raise ManifestError(f"the column '{name}' has a list that is not of {length} numbers")
 
 
 def _require_short(name: str, values: pa.Array | pa.ChunkedArray) -> None:

@@ -47,7 +47,7 @@ SYNTHETIC = [
     _field("guidance", pa.float32(), "classifier-free guidance scale (Ho & Salimans 2022)"),
     _field(
         "guidance_interval",
-        pa.list_(pa.float32(), 2),
+        pa.list_(pa.float32()),
         "noise levels (low, high] that are guided (Kynkaanniemi 2024); null: all",
         unit="sigma",
     ),
@@ -68,12 +68,10 @@ REAL = [
     _field("patient", pa.string(), "keyed hash (HMAC-SHA256, 32 hex digits) of the patient"),
     _field("split", pa.string(), "train, val or test; by patient"),
     _field("source", pa.string(), "keyed hash of the photograph's path; of foreign images, their name"),
-    _field(
-        "box", pa.list_(pa.float32(), 4), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"
-    ),
+    _field("box", pa.list_(pa.float32()), "xmin, ymin, xmax, ymax of the annotated box in the stored crop", unit="px"),
     _field(
         "original_size",
-        pa.list_(pa.int32(), 2),
+        pa.list_(pa.int32()),
         "width, height of the crop before any resize (synthetic: as conditioned on)",
         unit="px",
     ),
@@ -120,6 +118,8 @@ SCORES = [
     _field("duplicate_of", pa.string(), "key of the earlier image that this one repeats; null: of none"),
 ]
 
+# Numbers in each list. Not in the types: before pyarrow 26, missing lists of a fixed size are unreadable.
+LIST_LENGTHS = {"guidance_interval": 2, "box": 4, "original_size": 2}
 STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
 SCORE_NAMES = tuple(field.name for field in SCORES)
 NUMERIC_SCORES = tuple(field.name for field in SCORES if field.type == pa.float32())
