@@ -122,7 +122,8 @@ class Faults:
             return sampler.generate(asked)
         free("cuda")
         base = torch.cuda.memory_reserved()
-        limit = base + 0.6 * (seen["peak reserved GB"] * 1e9 - base)
+        # Of what is allocated, not of what is reserved: the allocator gives cached memory back before it fails.
+        limit = base + 0.6 * (seen["peak allocated GB"] * 1e9 - base)
         try:
             torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
             return sampler.generate(asked)
