@@ -51,7 +51,8 @@ class BoxSource:
     their numbers are certainly pixels, as those of masks. usable: False when the source could not be read so far that
     a photograph without a box means anything. unclear: roles whose column could not be told.
     missing: references to photographs that aren't there. left_out: what was left out, and how often. header: the
-    names of its columns or keys. empty: photographs whose mask says no wound. passed_over: what else lies in a folder
+    names of its columns or keys. empty: photographs whose mask says no wound. faulty: photographs with a box or mask that is a mistake, and was
+    noted. passed_over: what else lies in a folder
     of masks.
     """
 
@@ -68,6 +69,7 @@ class BoxSource:
     notes: list[str] = field(default_factory=list)
     header: list[str] = field(default_factory=list)
     empty: set[str] = field(default_factory=set)
+    faulty: set[str] = field(default_factory=set)
     passed_over: Listing | None = None
 
 
@@ -153,8 +155,12 @@ def read_box_csv(
     written = [[cells[role] for role in layout[1]] for _, cells in rows]
     source.percent_signs = any(cell.endswith("%") for cells in written for cell in cells)
     values = [[numbers.clean(cell) for cell in cells] for cells in written]
+    before = len(problems)
     with problems.collected():
         numbers.require_no_groups([cell for cells in values for cell in cells if cell], str(path))
+    if len(problems) > before:  # what the numbers mean is unknown, so nothing more can be said of them
+        source.usable = False
+        return source
     for (where, cells), four in zip(rows, values, strict=True):
         if not any(four):
             source.left_out["rows without a box, passed over"] += 1
@@ -164,7 +170,9 @@ def read_box_csv(
             if name is None:
                 source.missing.append(f"{where}: {cells['file'] or 'no file name'}")
                 continue
+            source.faulty.add(name)
             edges = edges_of(four, layout[0], where)
+            source.faulty.discard(name)
             patient = cells.get("patient", "")
             number = tables.box_number(cells.get("number", ""))
             extent = extent_of(cells.get("photowidth"), cells.get("photoheight"))

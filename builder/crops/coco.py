@@ -74,7 +74,9 @@ def read_coco(
             if name is None:
                 source.missing.append(f"{where}: {image['file_name']}")
                 continue
+            source.faulty.add(name)
             edges = edges_of(_bbox(annotation, where), CORNER_AND_SIZE, where)
+            source.faulty.discard(name)
             seen[name] += 1
             label = category if source.has_labels else ""
             patient = keys.patient(image) or keys.patient(annotation)

@@ -76,7 +76,9 @@ def read_masks(
                 raise BuilderError(
                     f"the masks {other} and {mask_name} in {folder} are both of {name}", "keep one mask of a photograph"
                 )
+            source.faulty.add(name)
             found = components_of(masks.path(mask_name), inverted=inverted, max_pixels=max_pixels)
+            source.faulty.discard(name)
             source.left_out["specks in masks, left out"] += found.specks
             if not found.boxes:
                 source.empty.add(name)
@@ -206,12 +208,20 @@ def _require_two_tones(labels: np.ndarray, brightness: np.ndarray, wound: np.nda
         )
     quarter = (high - low) / 4
     middle = float(((brightness > low + quarter) & (brightness < high - quarter)).mean())
-    alike = min(_alike(labels, part) for part in (wound, ~wound))
+    alike = min(_alike(labels, _core(part)) for part in (wound, ~wound))
     if middle > MAX_MIDDLE or alike < MIN_ALIKE:
         raise BuilderError(
             "is no mask: it shows many shades, as a photograph does",
             "give --boxes a folder of masks, black where there is no wound",
         )
+
+
+def _core(part: np.ndarray) -> np.ndarray:
+    """A part without its edges, which are soft in lossy masks, where it is large enough to have more than edges."""
+    from scipy import ndimage
+
+    core: np.ndarray = ndimage.binary_erosion(part, structure=np.ones((3, 3)), iterations=2, border_value=1)
+    return core if core.sum() >= SPECK else part
 
 
 def _alike(labels: np.ndarray, part: np.ndarray) -> float:

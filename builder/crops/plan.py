@@ -277,6 +277,8 @@ def _choose(
     problems: Problems,
 ) -> list[Box | None]:
     """The boxes of a photograph that can be cut; [None] stands for its middle."""
+    if not boxes and name in source.faulty:
+        return []
     if not boxes:
         if request.without_box is None:
             mask = "; its mask marks no wound" if name in source.empty else ""

@@ -127,7 +127,7 @@ def read_table(path: Path, chosen: Mapping[str, str] | None = None) -> Table:
         )
     passed = sum(any(cell.strip() for cell in cells) for cells in list(_first_rows(text, separator))[:above])
     if passed:
-        notes.append(f"{path}: {passed} lines above the header were passed over")
+        notes.append(f"{path}: lines above the header, passed over: {passed}")
     header = [name.strip() for name in header]
     return Table(path, header, Columns(header, chosen or {}, str(path)), notes, text, separator, above)
 

@@ -105,13 +105,14 @@ def _in_pixels(box: Box, sizes: Sizes, whole: float) -> Box:
     if not whole:
         return box
     width, height = sizes[box.photograph]
-    return replace(
-        box,
-        xmin=box.xmin * width / whole,
-        ymin=box.ymin * height / whole,
-        xmax=box.xmax * width / whole,
-        ymax=box.ymax * height / whole,
-    )
+    xmin, ymin, xmax, ymax = (_rounded(edge, whole) / whole for edge in box.edges)
+    return replace(box, xmin=xmin * width, ymin=ymin * height, xmax=xmax * width, ymax=ymax * height)
+
+
+def _rounded(edge: float, whole: float) -> float:
+    """The edge; on the photograph's own where it lies beyond that by no more than rounding."""
+    inside = min(max(edge, 0.0), whole)
+    return inside if abs(edge - inside) <= TOLERANCE * whole else edge
 
 
 def _within(box: Box, whole: float, tolerance: float = TOLERANCE) -> bool:
