@@ -186,7 +186,9 @@ def _scheduler(folder: Path) -> Any:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = parse_json(read_file(file, MAX_BYTES + 1), str(file), remedy="copy the whole checkpoint folder again")
+        raw = read_file(file, MAX_BYTES + 1)
+        # Diffusers writes -Infinity into the configs of its schedulers.
+        data = parse_json(raw, str(file), remedy="copy the whole checkpoint folder again", constants=True)
     except FileNotFoundError:
         raise BuilderError(f"{file} is missing", "copy the whole checkpoint folder") from None
     except OSError as error:
