@@ -211,6 +211,15 @@ def test_a_jpeg_of_endless_scans_is_refused():
         read_pixels(picture[:-2] + picture[scan:-2] * 200 + picture[-2:])
 
 
+def test_a_jpeg_of_a_large_size_and_little_data_is_cut_short():
+    picture = bytearray(encoded(RGB, "JPEG", quality=90))
+    frame = picture.index(b"\xff\xc0")
+    picture[frame + 5 : frame + 9] = struct.pack(">HH", 12000, 12000)
+    assert read_header(bytes(picture)).size == (12000, 12000)
+    with pytest.raises(ImageError, match="cut short"):
+        read_pixels(bytes(picture))
+
+
 def test_the_command_line_names_the_limit(builder):
     for command in ("pack", "index", "score"):
         assert "[default: 150 million]" in " ".join(builder(command, "--help").output.split())

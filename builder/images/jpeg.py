@@ -94,10 +94,11 @@ def profile(source: ByteSource, header: Header) -> bytes | None:
 
 
 def decode(source: ByteSource, header: Header) -> Image.Image:
-    """See Codec. A JPEG has no checksums: what is known of its damage is that its end is missing."""
+    """See Codec. A JPEG has no checksums: damage is known by a missing end, and by less than a bit for each block."""
     segments: _Segments = header.layout
     data = source.all()
-    if data.find(b"\xff\xd9", segments.pixels) < 0:
+    blocks = -(-header.stored[0] // 8) * -(-header.stored[1] // 8)
+    if data.find(b"\xff\xd9", segments.pixels) < 0 or 8 * (len(data) - segments.pixels) < blocks:
         raise cut_short("JPEG")
     if data.count(b"\xff\xda", segments.pixels) > MAX_SCANS and _scans(data, segments.pixels) > MAX_SCANS:
         raise ImageError(f"it is a JPEG of more than {MAX_SCANS} scans", CONVERT)

@@ -143,10 +143,10 @@ def _complete(source: ByteSource, header: Header) -> bool:
     stream = zlib.decompressobj()
     for kind, place in header.layout.pixels:
         data = source.at(*place) if kind == b"IDAT" else b""
-        while data and missing > 0:
-            missing -= len(stream.decompress(data, _PIECE))
-            data = stream.unconsumed_tail
-    return missing - len(stream.flush()) <= 0
+        while missing > 0 and (data or stream.unconsumed_tail):
+            missing -= len(stream.decompress(stream.unconsumed_tail + data, _PIECE))
+            data = b""
+    return missing <= 0
 
 
 def _passes(width: int, height: int, *, interlaced: bool) -> list[tuple[int, int]]:

@@ -26,6 +26,8 @@ _PIXELS |= {TILE_LENGTH, TILES, TILE_BYTES, EXTRA, SAMPLE_FORMAT, SUBSAMPLING} |
 _INTEGERS = {1: 1, 3: 2, 4: 4, 16: 8}  # bytes of BYTE, SHORT, LONG, LONG8
 _WIDTHS = {**_INTEGERS, 2: 1, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 17: 8, 18: 8}
 _LOSSY = {6, 7, 34892, 50001}  # old and new JPEG, lossy DNG, WebP
+_SINGLE = {WIDTH, LENGTH, COMPRESSION, PHOTOMETRIC, SAMPLES, ROWS, PLANAR, TILE_WIDTH, TILE_LENGTH}
+_MAX_SAMPLES = 6
 _MAX_ENTRIES = 4096
 
 
@@ -130,7 +132,12 @@ def decode(source: ByteSource, header: Header) -> Image.Image:
 
 
 def _check_layout(directory: _Directory, bits: int) -> None:
-    """Refuse what the decoder would read wrongly without a word."""
+    """Refuse what the decoder would read wrongly without a word, or complain of on its own."""
+    entries = directory.entries
+    if any(entries[tag].kind not in _INTEGERS or entries[tag].count != 1 for tag in _SINGLE & entries.keys()):
+        raise damaged("TIFF", "its directory makes no sense")
+    if not 1 <= directory.value(SAMPLES, 1) <= _MAX_SAMPLES:
+        raise ImageError(f"it has {directory.value(SAMPLES, 1)} channels", CONVERT)
     if 0 in directory.values(EXTRA):
         raise ImageError("it has a channel beside its colours that isn't said to be transparency", CONVERT)
     if directory.value(PLANAR, 1) == 2 and (bits != 8 or 1 in directory.values(EXTRA)):
