@@ -200,6 +200,9 @@ def _deep() -> Kinds:
         tiff_16_bit_white_is_zero=(
             tiff((65535 - values).astype("<u2").tobytes(), "little", (258, (16,)), (262, (0,))), expected
         ),
+        tiff_16_bit_big_endian_white_is_zero=(
+            tiff((65535 - values).astype(">u2").tobytes(), "big", (258, (16,)), (262, (0,))), expected
+        ),
         tiff_16_bit_rgb=(
             tiff(rgb.astype("<u2").tobytes(), "little", (258, (16,) * 3), (262, (2,)), (277, (3,))), RGB
         ),

@@ -117,28 +117,23 @@ def decode(source: ByteSource, header: Header) -> Image.Image:
         data = SIGNATURE + b"".join([data[start - 8 : start + length + 4] for start, length in kept])
     image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     image.load()
-    if _may_lack_rows(image) and not _complete(source, header):
+    interlaced = source.at(28, 1) == b"\1"
+    if (interlaced or _last_row_is_zero(image)) and not _complete(source, header, interlaced=interlaced):
         raise cut_short("PNG")
     return image
 
 
-def _may_lack_rows(image: Image.Image) -> bool:
-    """Whether the last row, or the one before it, is zero.
-
-    So the decoder leaves rows, without a word, if the data end too early; those of an interlaced picture's last part
-    are every second one.
-    """
-    rows = range(max(0, image.height - 2), image.height)
-    return any(image.crop((0, row, image.width, row + 1)).getbbox(alpha_only=False) is None for row in rows)
+def _last_row_is_zero(image: Image.Image) -> bool:
+    """So the decoder leaves rows, without a word, if the data end too early."""
+    return image.crop((0, image.height - 1, image.width, image.height)).getbbox(alpha_only=False) is None
 
 
-def _complete(source: ByteSource, header: Header) -> bool:
+def _complete(source: ByteSource, header: Header, *, interlaced: bool) -> bool:
     """Whether the compressed data hold all rows."""
-    values = source.at(8 + 8, 13)
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[values[9]]
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[source.at(25, 1)[0]]
     missing = sum(
         (1 + -(-width * header.bits * channels // 8)) * height
-        for width, height in _passes(*header.stored, interlaced=values[12] == 1)
+        for width, height in _passes(*header.stored, interlaced=interlaced)
     )
     stream = zlib.decompressobj()
     for kind, place in header.layout.pixels:

@@ -78,9 +78,17 @@ class _Directory:
         found = self.values(tag)
         return found[0] if found else default
 
-    def only_pixels(self, data: bytes) -> bytes:
-        """`data` with another directory behind it, which holds the tags of the pixels alone and names no other page."""
-        kept = [entry.raw for tag, entry in sorted(self.entries.items()) if tag in _PIXELS]
+    def only_pixels(self, data: bytes, *, inverted: bool) -> bytes:
+        """`data` with another directory behind it, which holds the tags of the pixels alone and names no other page.
+
+        inverted: greys of which 0 is white; the decoder is told that it is black, for it doesn't turn deep ones round.
+        """
+        raw = {tag: entry.raw for tag, entry in self.entries.items() if tag in _PIXELS}
+        if inverted:
+            words = [(PHOTOMETRIC, 2), (3, 2), (1, self.word), (1, 2)]  # tag, SHORT, count, value: black is zero
+            entry = b"".join(value.to_bytes(width, self.order) for value, width in words)  # type: ignore[arg-type]
+            raw[PHOTOMETRIC] = entry.ljust(20 if self.big else 12, b"\0")
+        kept = [raw[tag] for tag in sorted(raw)]
         padding = b"\0" * (-len(data) % 8)
         start = len(data) + len(padding)
         counted = len(kept).to_bytes(8 if self.big else 2, self.order)  # type: ignore[arg-type]
@@ -97,6 +105,8 @@ class _Directory:
 def header(source: ByteSource) -> Header:
     """See Codec."""
     directory = _Directory(source)
+    if directory.big and directory.order == "big":
+        raise ImageError("it is a BigTIFF in big-endian order, which is not read", CONVERT)
     if DNG in directory.entries or source.at(8, 2) == b"CR":
         raise ImageError("it is a camera's raw file", "develop it, and save it as PNG, TIFF or JPEG")
     stored = (directory.value(WIDTH, 0), directory.value(LENGTH, 0))
@@ -126,7 +136,11 @@ def decode(source: ByteSource, header: Header) -> Image.Image:
     """See Codec."""
     directory: _Directory = header.layout
     _check_pieces(directory, header.stored, source.size)
-    image = TiffImagePlugin.TiffImageFile(io.BytesIO(directory.only_pixels(source.all())))
+    stripped = directory.only_pixels(source.all(), inverted=header.inverted)
+    try:
+        image = TiffImagePlugin.TiffImageFile(io.BytesIO(stripped))
+    except (SyntaxError, KeyError) as error:  # of a layout or a compression that the decoder doesn't know
+        raise ImageError(f"it is a TIFF of a kind that is not read ({error})", CONVERT) from None
     image.load()
     return image
 
