@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LITTLE = 16 << 20  # bytes left on a disk that a file of weights could not be written to
 TEMPORARY = ".tmp-"  # the name of a file that is being written begins so
 
 
@@ -85,6 +89,42 @@ def replace_file(target: str | Path, fill: Callable[[BinaryIO], object], mode: i
         Path(temporary).unlink(missing_ok=True)
         raise
     fsync_folder(target.parent)
+
+
+@contextmanager
+def full_disk_as_oserror(target: str | Path) -> Iterator[None]:
+    """Within the block a full disk is the OSError that it is.
+
+    torch, safetensors and shutil raise errors of their own, which only say in words what the system said.
+
+    Args:
+        target: What is being written; the error names it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        said = str(error)
+        for number in FULL:
+            if f"os error {number}" in said or f"[Errno {number}]" in said or os.strerror(number) in said:
+                raise OSError(number, os.strerror(number), str(target)) from error
+        free = shutil.disk_usage(Path(target).parent).free if Path(target).parent.is_dir() else 1
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" in said and free < LITTLE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make the files in a folder last through a power cut, and their names."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(os.path.join(place, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        fsync_folder(Path(place))
 
 
 def fsync_folder(folder: Path) -> None:

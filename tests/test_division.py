@@ -127,7 +127,7 @@ class Run:
         return first[0], first[1]
 
     def state(self, case: str, name: str, step: int = STEPS) -> dict[str, Any]:
-        file = self.folder / case / name / "state" / f"unet-{step:08d}.pt"
+        (file,) = (self.folder / case / name / "state").glob(f"unet-{step:08d}-*.pt")
         state: dict[str, Any] = torch.load(file, weights_only=True)
         return state
 
@@ -193,7 +193,8 @@ def test_divided_is_one_process_with_twice_the_accumulation(run: Run) -> None:
         assert plain[0]["loss"] != plain[1]["loss"]
         alone = run.folder / case / "alone"
         (alone / "state").mkdir(parents=True)
-        shutil.copy(run.folder / case / "straight" / "state" / f"unet-{SAVED:08d}.pt", alone / "state")
+        (saved,) = (run.folder / case / "straight" / "state").glob(f"unet-{SAVED:08d}-*.pt")
+        shutil.copy(saved, alone / "state")
         went_on = said_by(run.config(case), run.dataset, alone)
         for other, same in ((plain, straight), (went_on, straight[SAVED:])):
             for first, second in zip(other, same, strict=True):

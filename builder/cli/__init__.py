@@ -40,7 +40,7 @@ from builder.cli.tune import tune_filter
 from builder.display import printable_lines
 from builder.errors import BuilderError, Terminated
 
-ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 # A path of the user's that is something else than the command takes.
 PATHS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EEXIST,

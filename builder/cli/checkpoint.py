@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ def list_() -> None:
 def show(name: str) -> None:
     """Describe a checkpoint: where it comes from, what it was trained with, how it scored."""
     from builder.models.checkpoint import resolve
+    from builder.models.integrity import damaged_files
 
     found = resolve(name)
     imported = found.config.get("imported", {})
@@ -67,6 +69,10 @@ def show(name: str) -> None:
         ("lineage", _lineage(found)),
         ("licence", ", ".join(f"{key}: {value}" for key, value in found.licence.items()) or "-"),
     ]
+    damaged = damaged_files(found.path, found.files)
+    rows.append(("files", f"{len(found.files)}, as recorded" if found.files else "no checksums are recorded"))
+    if damaged:
+        rows[-1] = ("files", f"{len(damaged)} DAMAGED: {'; '.join(damaged)}")
     rows += [(f"prompt {code}", prompt) for code, prompt in found.prompts.items()]
     rows += [
         (f"sizes {code}", f"{min(sides)}-{max(sides)} px") for code, sides in found.original_sizes.items() if sides
@@ -74,6 +80,30 @@ def show(name: str) -> None:
     rows += [(f"metric {key}", f"{value:.6g}") for key, value in _numbers(found.metrics)]
     for key, value in rows:
         click.echo(f"{key:<20}{value}")
+
+
+@checkpoint.command()
+@click.argument("name", metavar="NAME|DIR|RUN[:CHOICE]")
+def verify(name: str) -> None:
+    """Compare all files of a checkpoint, or of a training RUN, with what was recorded; exit 1 when one differs."""
+    from builder.models.checkpoint import find_run, resolve
+    from builder.models.verification import verify_checkpoint
+
+    if (run := find_run(name)) is not None:
+        from builder.training.verification import verify_run
+
+        where, report = run, verify_run(run)
+    else:
+        where = resolve(name).path
+        report = verify_checkpoint(where)
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    for finding in report.findings:
+        click.echo(finding)
+    if report.findings:
+        click.echo(f"{where}: {len(report.findings)} findings", err=True)
+        sys.exit(1)
+    click.echo(f"{where}: {report.files:,} files, all as they were recorded")
 
 
 @checkpoint.command()

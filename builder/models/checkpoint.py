@@ -19,8 +19,11 @@ from typing import Any
 from builder.display import printable
 from builder.documents import read_document, write_document
 from builder.errors import BuilderError
+from builder.files import TEMPORARY, fsync_folder, fsync_tree, full_disk_as_oserror
 from builder.models.history import Entry, History
+from builder.models.integrity import record_files
 from builder.phases import ClassTable
+from builder.shards.lock import held_file
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 FOLDER = Path("checkpoints")
@@ -63,6 +66,7 @@ class Checkpoint:
     epoch: int = 0
     licence: dict[str, str] = field(default_factory=dict)  # base, data
     created: str = ""  # ISO 8601, UTC
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # by path in the folder: bytes, sha256; {}: unknown
 
     @property
     def name(self) -> str:
@@ -264,24 +268,48 @@ def save_adapter(unet: Any, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_description(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write checkpoint.json, with its checksum, into a folder."""
-    write_document(folder / DESCRIPTION, checkpoint.to_json())
+    """Write checkpoint.json, with its checksum, into a folder that is whole otherwise: it records every file there."""
+    recorded = dataclasses.replace(checkpoint, files=record_files(folder, DESCRIPTION))
+    write_document(folder / DESCRIPTION, recorded.to_json())
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that becomes `target` at the end of the block, or vanishes when the block fails."""
+    """A temporary folder that becomes `target` at the end of the block, or vanishes when the block fails.
+
+    Args:
+        target: The folder to make; only one process at a time makes it.
+        replace: Whether a folder that is there gives way. It is renamed first and removed last: killed between the two
+            renamings, `target` is missing, and who makes it the next time finishes.
+
+    Raises:
+        LockedError: another process is making `target`.
+        OSError: also where a library only says in words that the disk is full.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        if replace and target.exists():
-            shutil.rmtree(target)
-        temporary.replace(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    lock = target.parent / f".lock-{target.name}"
+    with held_file(lock, f"another process is writing {target}", "wait for it, or choose another --to"):
+        prefix = f"{TEMPORARY}{target.name}-"
+        for left in target.parent.glob(f"{prefix}*"):  # of killed processes: nobody else is at work here
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        try:
+            with full_disk_as_oserror(target):
+                yield temporary
+            os.chmod(temporary, 0o755)
+            fsync_tree(temporary)
+            if replace and target.exists():
+                target.rename(temporary.with_name(f"{temporary.name}-before"))
+            elif target.exists():
+                raise BuilderError(f"{target} exists", "choose another --to, or remove it")
+            temporary.replace(target)
+            fsync_folder(target.parent)
+            shutil.rmtree(temporary.with_name(f"{temporary.name}-before"), ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            lock.unlink(missing_ok=True)  # while it is held, so that nobody holds a lock without a name
 
 
 @contextlib.contextmanager

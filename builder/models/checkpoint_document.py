@@ -12,6 +12,13 @@ from builder.schemas import EMPTY, ClassEntry, Code, Count, LineageEntry, Open, 
 Side = Annotated[int, Field(ge=1, le=2**20)]  # px
 
 
+class FileEntry(Open):
+    """A file of a checkpoint as it was written."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+
+
 class CheckpointDocument(Open):
     """checkpoint.json; see models.checkpoint.Checkpoint."""
 
@@ -28,6 +35,7 @@ class CheckpointDocument(Open):
     epoch: Count = 0
     licence: dict[Short, Text | None] = EMPTY
     created: Short = ""
+    files: Annotated[dict[Text, FileEntry], Field(max_length=10_000)] = EMPTY
 
 
 class EntryDocument(Open):

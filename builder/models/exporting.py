@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 from builder.errors import BuilderError
+from builder.files import fsync_folder, full_disk_as_oserror
 from builder.models.checkpoint import Checkpoint, new_folder, save_checkpoint
+from builder.models.integrity import require_undamaged
 from builder.models.load import load_pipeline
 from builder.models.lora import ADAPTER
 from builder.models.tensors import StoredTensors, write_tensors
+from builder.shards.lock import held_file
 
 STEM = "diffusion_pytorch_model"
 
@@ -27,19 +30,26 @@ def export(checkpoint: Checkpoint, target: Path, fuse: bool = False) -> None:
         raise BuilderError(f"{target} exists", "choose another --to, or remove it")
     if fuse and checkpoint.method != "lora":
         raise BuilderError(f"'{checkpoint.name}' is whole: it has no adapter to fuse", "leave --fuse out")
+    require_undamaged(checkpoint.path, checkpoint.files)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".safetensors":
         temporary = target.with_name(f".tmp-{target.name}")
-        try:
-            _write_file(checkpoint, temporary, fuse)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        lock = target.with_name(f".lock-{target.name}")
+        with held_file(lock, f"another process is writing {target}", "wait for it, or choose another --to"):
+            try:
+                with full_disk_as_oserror(target):
+                    _write_file(checkpoint, temporary, fuse)
+                os.replace(temporary, target)
+                fsync_folder(target.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
     elif fuse:
         save_checkpoint(load_pipeline(checkpoint), dataclasses.replace(checkpoint, path=target, method="full"))
     else:
         with new_folder(target) as folder:
             shutil.copytree(checkpoint.path, folder, dirs_exist_ok=True)
+            require_undamaged(folder, checkpoint.files)  # what was read is not always what stands on the disk
 
 
 def _write_file(checkpoint: Checkpoint, target: Path, fuse: bool) -> None:

@@ -19,9 +19,10 @@ from builder.documents import MAX_BYTES, parse_json
 from builder.errors import BuilderError
 from builder.files import read_file
 from builder.models.building import Architecture, Pipeline
-from builder.models.checkpoint import DESCRIPTION, Checkpoint, read_description, without_bars
+from builder.models.checkpoint import DESCRIPTION, Checkpoint, read_checkpoint, read_description, without_bars
 from builder.models.families import Family, family_of
 from builder.models.grain import attach, head_of, load_grain
+from builder.models.integrity import require_undamaged
 from builder.models.lora import ADAPTER, fuse_lora, load_lora
 from builder.models.single_file import load_single_file
 from builder.models.source import locate, weights_sha256
@@ -70,10 +71,12 @@ def _align(model: torch.nn.Module) -> None:
             weight.data = weight.data.clone()
 
 
-def _load(path: Path, architecture: Architecture | None) -> Pipeline:
-    """The pipeline in float32 on the CPU."""
+def _load(path: Path, architecture: Architecture | None, *, checked: bool = False) -> Pipeline:
+    """The pipeline in float32 on the CPU. checked: all of it was just compared with a SHA-256."""
     if path.is_file():
         return load_single_file(path, architecture)
+    if not checked:
+        require_undamaged(path, read_checkpoint(path).files)
     adapter = (path / ADAPTER).is_file() and not (path / "model_index.json").is_file()
     return _load_adapted(path) if adapter else _load_folder(path)
 
@@ -131,7 +134,7 @@ def _load_adapted(folder: Path) -> Pipeline:
             f"bring back the base with sha256 {named['sha256']}, or take a fused checkpoint",
         )
     config = description.get("config") or {}
-    pipeline = _load(base.path, config.get("model", {}).get("architecture") or None)
+    pipeline = _load(base.path, config.get("model", {}).get("architecture") or None, checked=True)
     load_lora(pipeline.unet, folder / ADAPTER)
     fuse_lora(pipeline.unet)
     return pipeline

@@ -18,10 +18,16 @@ def prune(run: Path, keep: int, monitor: str = "", mode: str = "", dry_run: bool
     entries = run_history(run).superfluous(keep, monitor, mode)
     removed = [(run / entry.path, folder_size(run / entry.path)) for entry in entries]
     for folder, _ in [] if dry_run else removed:
-        hidden = folder.with_name(REMOVED + folder.name)
-        folder.rename(hidden)  # at once: a kill leaves no half of a checkpoint under its name
-        shutil.rmtree(hidden)
+        remove_folder(folder)
     return removed
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint. It loses its name first: a kill leaves no half of it there, and the next one goes on."""
+    hidden = folder.with_name(REMOVED + folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def folder_size(folder: Path) -> int:

@@ -8,14 +8,23 @@ import shutil
 from pathlib import Path
 
 from builder.config import Config
+from builder.files import TEMPORARY
 from builder.models.building import Pipeline
 from builder.models.checkpoint import STEP, Checkpoint, save_adapter, save_checkpoint
 from builder.models.history import Entry, History, plain
+from builder.models.prune import REMOVED, remove_folder
 from builder.sampling.sampler import Sampler
 from builder.training.evaluate import Evaluation, finite, is_exhausted
 from builder.training.log import Log
 from builder.training.preview import write_samples
 from builder.training.stage import Stage
+
+
+def sweep_run(out: Path) -> None:
+    """Remove what killed processes were writing or removing in the folder of a run; only for who holds its lock."""
+    for folder in (out, out / "samples"):
+        for left in [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REMOVED}*")]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 class Checkpoints:
@@ -64,7 +73,7 @@ class Checkpoints:
         self.history = self.history.with_entry(Entry(step, epoch, self.folder(step).name, metrics, created))
         self.history.write(self.out)
         for entry in self.history.in_folders(self.out).superfluous(self.config.train.keep_checkpoints - 1):
-            shutil.rmtree(self.out / entry.path)
+            remove_folder(self.out / entry.path)
         return self.exhausted
 
     def _measure(self, step: int) -> dict[str, float | int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ class Log:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
+        if file is not None and file.is_file():
+            _cut_torn_line(file)
         self._board = _board(file.parent / "tensorboard") if file else None
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
@@ -32,6 +35,14 @@ class Log:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Take away the piece of a last line that a killed process, or a full disk, left."""
+    data = file.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(file, whole)
 
 
 def _board(folder: Path) -> Any:

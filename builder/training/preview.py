@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from builder import plotting
+from builder.files import replace_file
 from builder.models.building import Pipeline
 from builder.phases import ClassTable
 from builder.sampling.grain import with_grain
@@ -23,8 +24,8 @@ def write_grid(rows: list[np.ndarray], file: Path, least: int = 96) -> None:
     """Rows of uint8 [B, S, S, 3] as one PNG; small images are enlarged by a whole factor to at least `least` px."""
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     factor = max(1, -(-least // rows[0].shape[1]))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.repeat(np.repeat(grid, factor, axis=0), factor, axis=1)).save(file)
+    image = Image.fromarray(np.repeat(np.repeat(grid, factor, axis=0), factor, axis=1))
+    replace_file(file, lambda stream: image.save(stream, "PNG"))
 
 
 @torch.no_grad()
@@ -59,5 +60,5 @@ def write_curve(log: Path, file: Path) -> None:
         axis.set(title=stage, xlabel="step", ylabel="loss", yscale=scale)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    replace_file(file, lambda stream: figure.savefig(stream, dpi=110, format="png"))
     pyplot.close(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from builder.models.building import Pipeline
 from builder.models.checkpoint import Checkpoint
 from builder.models.families import with_parts
 from builder.sampling.sampler import Sampler
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import LOCK, Dataset
+from builder.shards.lock import held_file
 from builder.training.adversarial import BETAS, GRAD_NORM, AdversarialObjective
-from builder.training.checkpoints import Checkpoints
+from builder.training.checkpoints import Checkpoints, sweep_run
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
 from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts, precision_on
 from builder.training.evaluate import Evaluation
@@ -31,6 +33,7 @@ from builder.training.states import States
 from builder.training.vae import AutoencoderObjective, encode, scaling_factor
 from builder.training.views import AugmentedCrops, DrawnAhead, Views, WholeCrops
 
+BUSY = ("another process is training into this folder", "wait for it, stop it, or choose another --to")
 SHOWN = 12  # crops in the picture of reconstructions
 FREE_KEYS = (  # of train: no state depends on them
     "steps", "checkpoint_every", "keep_checkpoints", "threads", "vae", "micro_batch", "gradient_checkpointing",
@@ -62,7 +65,15 @@ def train(
     config.classes.require_same(dataset.classes, "the config", f"dataset '{dataset.name}'")
     torch.set_num_threads(config.train.threads)
     processes = Processes(device)
+    with held_file(out / LOCK, *BUSY) if processes.first else nullcontext():
+        return _train(config, dataset, out, resume, processes, download)
+
+
+def _train(
+    config: Config, dataset: Dataset, out: Path, resume: bool, processes: Processes, download: bool
+) -> Path:  # fmt: skip
     if processes.first:
+        sweep_run(out)
         if resume is False:
             shutil.rmtree(out / "state", ignore_errors=True)
             (out / "log.jsonl").unlink(missing_ok=True)
