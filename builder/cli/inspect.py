@@ -46,7 +46,7 @@ def list_(out: str) -> None:
 @click.command()
 @dataset_argument
 @click.option("--fast", is_flag=True, help="Read manifests only: of tars no more than their sizes.")
-@click.option("--repair", is_flag=True, help="Remove damaged shards, and make them again as they were.")
+@click.option("--repair", is_flag=True, help="Make damaged shards again as they were; mend what else can be.")
 @click.option("--checkpoint", metavar="NAME|DIR", help="With --repair: where the checkpoint is now.")
 @click.option("--real", metavar="NAME|PATH", help="With --repair: where the real dataset of its scores is now.")
 @click.option("--features", metavar="SPEC", help="With --repair: the feature extractor, where it is code of your own.")
@@ -91,8 +91,28 @@ def _check(dataset: Dataset, fast: bool) -> Report:
 
 
 def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str | None, features: str | None) -> None:
-    """Remove the damaged shards of a batch job's dataset, and have the job make what is missing."""
-    from builder.shards.repair import drop_shards, how_to_remake, is_of_a_job
+    """Mend what can be mended: caches and index, the reference of the scores, and the shards of a batch job."""
+    from builder.quality.repair import mend_reference
+    from builder.shards.beside import damaged_features
+    from builder.shards.compact import compact as write_index
+    from builder.shards.repair import is_unfinished
+
+    for path, _ in list(damaged_features(dataset)):
+        dataset.storage.remove(path)
+        click.echo(f"removed {path}: who needs it computes it again")
+    if "reference" in report.beside and mend_reference(dataset):
+        click.echo(f"took the reference of the scores again from '{dataset.info['parent']}'")
+        del report.beside["reference"]
+    if report.general or report.shards or report.beside.keys() - {"features", "index"} or is_unfinished(dataset):
+        _remake(dataset, report, checkpoint, real, features)
+    if "index" in report.beside:
+        write_index(dataset)
+        click.echo("wrote the index anew")
+
+
+def _remake(dataset: Dataset, report: Report, checkpoint: str | None, real: str | None, features: str | None) -> None:
+    """Have the job that made a dataset make its damaged shards again, and those that are missing."""
+    from builder.shards.repair import aside, how_to_remake, is_of_a_job, set_aside
 
     if not is_of_a_job(dataset):
         raise BuilderError(
@@ -101,29 +121,39 @@ def _repair(dataset: Dataset, report: Report, checkpoint: str | None, real: str 
         )
     from builder.job.devices import default_workers
     from builder.job.regenerate import recorded_spec
-    from builder.job.run import run_job
-    from builder.quality.reference import load_reference
+    from builder.job.run import remake_reference, run_job
     from builder.shards.compact import keep_in_step
     from builder.shards.dataset import find_dataset
 
     numbers, info = sorted(report.shards), dataset.info
     if "count" not in info:  # never finished: how far it was to go, only its command knows
-        drop_shards(dataset, numbers)
+        set_aside(dataset, numbers)
         raise BuilderError(
-            f"removed the damaged shards {', '.join(map(str, numbers))} of '{dataset.name}'",
+            f"the damaged shards {', '.join(map(str, numbers))} of '{dataset.name}' were moved aside",
             "run its `builder shards` command again: it makes them, and the rest",
         )
-    against = find_dataset(real or load_reference(dataset).against, dataset.storage.root)
+    against = find_dataset(real or _against(dataset), dataset.storage.root)
     spec, _ = recorded_spec(dataset, checkpoint, posixpath.join(against.storage.root, against.name), features)
-    drop_shards(dataset, numbers)
-    click.echo(f"removed {len(numbers)} damaged shards: {', '.join(map(str, numbers)) or 'none'}")
-    outcome = run_job(
-        spec, info["count"], lineage=info["lineage"], licence=info["licence"],
-        engine="inline" if len(numbers) == 1 else "local", workers=default_workers(), say=click.echo,
-    )  # fmt: skip
-    if outcome.failed:
-        raise BuilderError(f"units {', '.join(map(str, outcome.failed))} were given up", "try again")
+    if "reference" in report.beside:
+        remake_reference(spec)
+        click.echo("made the reference of the scores again")
+    click.echo(f"making {len(numbers)} damaged shards again: {', '.join(map(str, numbers)) or 'none'}")
+    with aside(dataset, numbers):
+        outcome = run_job(
+            spec, info["count"], lineage=info["lineage"], licence=info["licence"],
+            engine="inline" if len(numbers) == 1 else "local", workers=default_workers(), say=click.echo,
+        )  # fmt: skip
+        if outcome.failed:
+            raise BuilderError(f"units {', '.join(map(str, outcome.failed))} were given up", "try again")
     keep_in_step(dataset)
+
+
+def _against(dataset: Dataset) -> str:
+    """The name of the real dataset that the scores are measured against."""
+    from builder.quality.reference import load_reference
+
+    recorded = dataset.info.get("scores", {}).get("against")
+    return str(recorded) if recorded else load_reference(dataset).against
 
 
 @click.command()

@@ -35,6 +35,8 @@ from builder.quality.reference import has_reference, load_reference, reference_p
 from builder.sampling.seeds import MAX_INDEX
 from builder.shards.commit import STAGED
 from builder.shards.dataset import Dataset, find_dataset
+from builder.shards.lock import exclusive
+from builder.shards.repair import drop_aside
 from builder.shards.storage import Storage
 from builder.trust import vouch
 
@@ -205,6 +207,7 @@ def _finish(dataset: Dataset, total: int) -> None:
     for folder in (f"shards/{dataset.name}", f"manifests/{dataset.name}"):
         dataset.storage.sweep(folder)
     dataset.storage.remove(f"manifests/{dataset.name}/{STAGED}")
+    drop_aside(dataset)
     reference = load_reference(dataset)
     mark_duplicates(dataset, reference.copy["threshold"], device=prepare(0))
     info = dataset.info
@@ -336,6 +339,24 @@ def _build_reference(spec: JobSpec, dataset: Dataset, say: Callable[[str], None]
     device = prepare(0)  # one thread here too: several fight with other processes, and then take minutes
     size = spec.config.sample.size
     save_reference(dataset, build_reference(real, spec.config.score, spec.plan.codes, image_size=size, device=device))
+
+
+def remake_reference(spec: JobSpec) -> None:
+    """Make the reference of a complete dataset's scores again, in place of one that is damaged or missing.
+
+    BuilderError when what comes out is not what the scores were made by: the real crops or the settings have changed.
+    """
+    dataset, real = spec.dataset, find_dataset(spec.real, spec.real_out)
+    recorded = dataset.info.get("scores", {}).get("version")
+    size = spec.config.sample.size
+    made = build_reference(real, spec.config.score, spec.plan.codes, image_size=size, device=prepare(0))
+    if recorded is not None and made.version != recorded:
+        raise BuilderError(
+            f"the scores of '{dataset.name}' were not made by the crops that '{real.name}' now has",
+            f"bring these back, or run `builder score {dataset.name} --against {real.name}`",
+        )
+    with exclusive(dataset):
+        save_reference(dataset, made)
 
 
 def _to_nobody(said: str) -> None:

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from builder.documents import read_document
 from builder.errors import BuilderError
-from builder.shards.dataset import REJECTS, Dataset
+from builder.shards.dataset import FEATURES, REJECTS, Dataset
 from builder.shards.index import INDEX, open_index
 from builder.shards.sealed import DamagedError, require_seal, require_trailer
 from builder.shards.writer import manifest_path
 
 REFERENCE = "reference.json"
-FEATURES = "features"  # folder of the caches of features: one folder an extractor, one file a shard
 
 
-def check_beside(dataset: Dataset, info: dict[str, Any]) -> list[str]:
-    """What is off, one line each with the remedy; `info` is dataset.json."""
-    return [
-        *_check_names(dataset, info),
-        *_check_reference(dataset, info),
-        *_check_rejects(dataset, info),
-        *_check_index(dataset),
-        *_check_features(dataset),
-    ]
+def check_beside(dataset: Dataset, info: dict[str, Any]) -> dict[str, list[str]]:
+    """What is off, by kind of file: one line each with the remedy. `info` is dataset.json."""
+    found = {
+        "dataset.json": list(_check_names(dataset, info)),
+        "reference": list(_check_reference(dataset, info)),
+        "rejects": list(_check_rejects(dataset, info)),
+        "index": list(_check_index(dataset)),
+        "features": list(_check_features(dataset)),
+    }
+    return {kind: lines for kind, lines in found.items() if lines}
 
 
 def unsealed(dataset: Dataset) -> list[str]:
@@ -59,13 +59,13 @@ def _check_reference(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:
         else f"`builder score {dataset.name} --against REAL` makes it again"
     )
     try:
-        reference = json.loads(dataset.storage.read(path))
+        reference = read_document(path, storage=dataset.storage, remedy=remedy)
     except FileNotFoundError:
         if recorded is not None:
             yield f"{path} is missing, though dataset.json says that the images are scored: {remedy}"
         return
-    except (ValueError, BuilderError) as error:
-        yield f"{path} is damaged ({error}): {remedy}"
+    except BuilderError as error:
+        yield f"{error.what}: {error.remedy}"
         return
     if recorded is not None and reference.get("version") != recorded:
         yield f"{path} is not the one that the images were scored by: {remedy}"
@@ -102,6 +102,12 @@ def _check_index(dataset: Dataset) -> Iterator[str]:
 
 
 def _check_features(dataset: Dataset) -> Iterator[str]:
+    for path, why in damaged_features(dataset):
+        yield f"{path} is damaged ({why}); it is not used: remove it, or let --repair remove it"
+
+
+def damaged_features(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """The caches of features that are damaged, and how."""
     folder = f"manifests/{dataset.name}/{FEATURES}"
     for extractor in dataset.storage.list(folder):
         for name in dataset.storage.list(f"{folder}/{extractor}", ".npy"):
@@ -109,4 +115,4 @@ def _check_features(dataset: Dataset) -> Iterator[str]:
             try:
                 require_trailer(dataset.storage.read(path), path)
             except DamagedError as error:
-                yield f"{path} is damaged ({error}); it is not used: remove it, or let --repair remove it"
+                yield path, str(error)

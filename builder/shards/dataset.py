@@ -29,6 +29,7 @@ from builder.shards.writer import manifest_name, manifest_path, pixel_sha256
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a tar's member has room for 100 characters: name, class code and index
 SHARD = re.compile(r"shard-\d{6,}\.parquet")  # the name of a manifest
 REJECTS = "rejects"  # folder of the rows that a filter turned away, among the manifests
+FEATURES = "features"  # folder of the caches of features: one folder an extractor, one file a shard
 LOCK = ".lock"  # in the folder of the manifests, of a local dataset
 OTHER_PIXELS = "its pixels are not those of the manifest: the tar is of another run, or damaged"
 

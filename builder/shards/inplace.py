@@ -34,6 +34,7 @@ from builder.shards.sequential import Hashing, Sequential
 from builder.shards.storage import READERS, Storage
 from builder.shards.tars import MAX_TEXT, TarError, read_members
 from builder.shards.verify import Keys
+from builder.shards.whole import sweep_leftovers
 from builder.shards.writer import image_row, manifest_name, manifest_path, write_manifest
 from builder.trust import is_vouched, vouch
 
@@ -93,6 +94,7 @@ def index_tars(urls: Sequence[str], dataset: Dataset, description: Description, 
             "choose another --name: `builder rm` would remove them",
         )
     with exclusive(dataset):
+        sweep_leftovers(dataset)
         info = _continued(dataset, _info(urls, dataset, description))
         waiting = _not_indexed(dataset, tars)
         summary = Summary(tars=len(tars), read=len(waiting))

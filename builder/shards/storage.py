@@ -306,6 +306,15 @@ class Storage:
                 "make room, mend the permissions, or choose another --out",
             ) from None
 
+    def move(self, relative: str, target: str) -> None:
+        """Give a file another name under the root, in place of what is there; on object stores a copy first."""
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.path(target)), exist_ok=True)
+            os.replace(self.path(relative), self.path(target))
+            return
+        with explained(self.root, writing=True):
+            self.fs.mv(self.path(relative), self.path(target))
+
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
         if not self.exists(relative):

@@ -29,15 +29,18 @@ FAST = ("key", "phase", "label", "shard", "offset", "size")  # columns that a lo
 
 @dataclass
 class Report:
-    """What is off: of the dataset as a whole, and of single shards, by their number; one line each."""
+    """What is off, one line each: of the dataset as a whole, of single shards, by their number, and of the files beside
+    them, by their kind (see shards.beside)."""
 
     images: int = 0
     general: list[str] = field(default_factory=list)
+    beside: dict[str, list[str]] = field(default_factory=dict)
     shards: dict[int, list[str]] = field(default_factory=dict)
 
     @property
     def findings(self) -> list[str]:
-        return [*self.general, *(line for number in sorted(self.shards) for line in self.shards[number])]
+        beside = [line for lines in self.beside.values() for line in lines]
+        return [*self.general, *beside, *(line for number in sorted(self.shards) for line in self.shards[number])]
 
     def found(self, number: int, lines: list[str]) -> None:
         if lines:
@@ -85,7 +88,7 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
         on_shard()
     for key, (first, second) in keys.doubled(dataset):
         report.found(second, [f"{key}: stands in shard {first} and in shard {second}"])
-    report.general += check_beside(dataset, info)
+    report.beside = check_beside(dataset, info)
     # Completed or extended in the meantime: the manifests that were read are of neither state.
     complete, recorded = info.get("state") == "complete" and dataset.info == info, info.get("count")
     report.general += _gaps(ranges, complete) if not info.get("parent") else []

@@ -1,4 +1,4 @@
-"""Make a dataset anew: all of it, or nothing."""
+"""Make a dataset anew: all of it, or nothing; and what killed processes leave in one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from builder.errors import BuilderError
-from builder.shards.dataset import Dataset
+from builder.shards.dataset import FEATURES, REJECTS, Dataset
 from builder.shards.lock import discard
 
 
@@ -31,3 +31,12 @@ def all_or_nothing(dataset: Dataset) -> Iterator[None]:
                 "make room or choose another --out, then run the same command again",
             ) from None
         raise
+
+
+def sweep_leftovers(dataset: Dataset) -> None:
+    """Remove what killed processes were writing, in all folders of a dataset; only for who holds its lock."""
+    manifests = f"manifests/{dataset.name}"
+    features = f"{manifests}/{FEATURES}"
+    inner = [f"{features}/{name}" for name in dataset.storage.list(features)]
+    for folder in (f"shards/{dataset.name}", manifests, f"{manifests}/{REJECTS}", *inner):
+        dataset.storage.sweep(folder)

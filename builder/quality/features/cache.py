@@ -17,8 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from builder.errors import BuilderError
-from builder.shards.beside import FEATURES
-from builder.shards.dataset import Dataset, resize
+from builder.shards.dataset import FEATURES, Dataset, resize
 from builder.shards.sealed import require_trailer, with_trailer
 from builder.shards.writer import shard_name
 
