@@ -66,6 +66,10 @@ def verify(
     report = _check(found, fast)
     for path in stray_tars(found):
         click.echo(f"note: {path} has no manifest: a killed run's leftover, replaced when the run continues")
+    if report.unsealed:
+        more = f" and {len(report.unsealed) - 1:,} others" if len(report.unsealed) > 1 else ""
+        click.echo(f"note: {report.unsealed[0]}{more} have no checksum: an older version wrote them, and a flipped bit "
+                   "in them may not be found")  # fmt: skip
     if in_step(found) is False:
         click.echo(f"note: the index is not used for all shards: `builder compact {found.name}` brings it in step")
     if repair and (report.findings or is_unfinished(found)):

@@ -9,8 +9,7 @@ from builder.documents import read_document
 from builder.errors import BuilderError
 from builder.shards.dataset import FEATURES, REJECTS, Dataset
 from builder.shards.index import INDEX, open_index
-from builder.shards.sealed import DamagedError, require_seal, require_trailer
-from builder.shards.writer import manifest_path
+from builder.shards.sealed import DamagedError, require_trailer
 
 REFERENCE = "reference.json"
 
@@ -25,20 +24,6 @@ def check_beside(dataset: Dataset, info: dict[str, Any]) -> dict[str, list[str]]
         "features": list(_check_features(dataset)),
     }
     return {kind: lines for kind, lines in found.items() if lines}
-
-
-def unsealed(dataset: Dataset) -> list[str]:
-    """The manifests without a seal: an older version wrote them, and a flipped bit in them may not be found."""
-    found = []
-    for number in dataset.shard_numbers():
-        path = manifest_path(dataset.name, number)
-        try:
-            sealed = require_seal(dataset.storage.read(path))
-        except (DamagedError, OSError):  # the check of the shard itself says so
-            continue
-        if not sealed:
-            found.append(path)
-    return found
 
 
 def _check_names(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:

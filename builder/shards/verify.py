@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from builder.display import printable
-from builder.documents import parse_json
+from builder.documents import has_checksum, parse_json
 from builder.errors import BuilderError
 from builder.shards.beside import check_beside
 from builder.shards.dataset import Dataset, decode
@@ -35,6 +35,7 @@ class Report:
     images: int = 0
     general: list[str] = field(default_factory=list)
     beside: dict[str, list[str]] = field(default_factory=dict)
+    unsealed: list[str] = field(default_factory=list)  # files without a checksum, of an older version: no finding
     shards: dict[int, list[str]] = field(default_factory=dict)
 
     @property
@@ -62,6 +63,8 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
     """
     info = dataset.info
     report = Report(general=_verify_info(dataset))
+    if not has_checksum(dataset.storage.read(dataset.info_path)):
+        report.unsealed.append(dataset.info_path)
     numbers = dataset.shard_numbers()
     manifests = dataset.storage.read_many([manifest_path(dataset.name, number) for number in numbers])
     sizes = _Sizes(dataset)
@@ -69,7 +72,7 @@ def check_dataset(dataset: Dataset, on_shard: Callable[[], object] = lambda: Non
     for number, manifest in zip(numbers, manifests, strict=True):
         try:
             table = dataset.parse(number, manifest, FAST if fast else None)
-            report.found(number, _verify_place(dataset, number, manifest))
+            report.found(number, _verify_place(dataset, number, manifest, report.unsealed))
         except BuilderError as error:
             report.found(number, [error.what])
             on_shard()
@@ -113,12 +116,12 @@ def _verify_info(dataset: Dataset) -> list[str]:
     return findings
 
 
-def _verify_place(dataset: Dataset, number: int, manifest: bytes | OSError) -> list[str]:
+def _verify_place(dataset: Dataset, number: int, manifest: bytes | OSError, unsealed: list[str]) -> list[str]:
     """Whether a manifest was sealed as that of this dataset; one of another says nothing of it."""
-    if isinstance(manifest, OSError):
-        return []
-    sealed = sealed_file(manifest)
     path = manifest_path(dataset.name, number)
+    sealed = None if isinstance(manifest, OSError) else sealed_file(manifest)
+    if sealed is None:
+        unsealed.append(path)
     return [] if sealed in (None, path) else [f"{path}: it was written as {sealed}, and stands in another's place"]
 
 

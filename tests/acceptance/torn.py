@@ -196,7 +196,7 @@ CONFIG = {
 
 
 def commands(root: Path, only: Sequence[str] = ()) -> list[Command]:
-    """Folders with all that each command needs, made by the commands themselves. only: of these names (default: all)."""
+    """Folders with all that each command needs, made by the commands themselves. only: their names (default: all)."""
     base = root / "base"
     _in_child(lambda: _prepare(base))
     made: list[Command] = []
