@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from builder.documents import read_document
 from builder.errors import BuilderError
@@ -98,6 +101,19 @@ def damaged_features(dataset: Dataset) -> Iterator[tuple[str, str]]:
         for name in dataset.storage.list(f"{folder}/{extractor}", ".npy"):
             path = f"{folder}/{extractor}/{name}"
             try:
-                require_trailer(dataset.storage.read(path), path)
+                payload, sealed = require_trailer(dataset.storage.read(path), path)
+                if not sealed:
+                    _require_array(payload)
             except DamagedError as error:
                 yield path, str(error)
+
+
+def _require_array(data: bytes) -> None:
+    """A cache of an older version has no seal; DamagedError where it is not even a whole array and nothing else."""
+    file = io.BytesIO(data)
+    try:
+        np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    if file.read(1):
+        raise DamagedError("something follows the array")
