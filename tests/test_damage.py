@@ -56,27 +56,24 @@ def whole_dataset(root: Path) -> tuple[Dataset, Dataset]:
     return clinic, kept
 
 
-def noticed(root: Path) -> list[str]:
-    found = []
-    for name in ("clinic", "kept"):
-        try:
-            found += verify_dataset(Dataset(name, Storage(root)))
-        except BuilderError as error:
-            found.append(str(error))
-    return found
+def noticed(root: Path, name: str) -> list[str]:
+    try:
+        return verify_dataset(Dataset(name, Storage(root)))
+    except BuilderError as error:
+        return [str(error)]
 
 
 def test_every_damage_to_a_file_of_a_dataset_is_found(tmp_path: Path) -> None:
     whole_dataset(tmp_path)
-    assert noticed(tmp_path) == []
+    assert noticed(tmp_path, "clinic") == noticed(tmp_path, "kept") == []
     files = files_of(tmp_path)
     assert {path.suffix for path in files} == {".tar", ".parquet", ".json", ".npy"}
     missed = []
     for path in files:
         before = path.read_bytes()
-        for what, damage in damages(path, of_one_kind(path, files), seed=1, flips=3):
+        for what, damage in damages(path, of_one_kind(path, files), seed=1, flips=2):
             damage()
-            if not reads_the_same(path, before) and not noticed(tmp_path):
+            if not reads_the_same(path, before) and not noticed(tmp_path, path.relative_to(tmp_path).parts[1]):
                 missed.append(f"{path.relative_to(tmp_path)}: {what}")
             path.write_bytes(before)
     assert missed == []

@@ -68,10 +68,10 @@ def main() -> None:
                 f"{len(trial.misses):>8}{time.monotonic() - began:>8.0f}",
                 flush=True,
             )
+            for miss in trial.misses:
+                print(f"  MISS {miss}", flush=True)
         if not options.only:
             misses += pairs(Path(folder), {one.name: one for one in made}, options.pairs)
-    for miss in misses:
-        print(f"MISS {miss}")
     print(f"{len(misses)} misses")
     sys.exit(bool(misses))
 
@@ -210,7 +210,8 @@ def pairs(root: Path, made: dict[str, Command], tries: int) -> list[str]:
         "imported": ["import"],
         "handed": ["export"],
     }
-    misses, counts = [], Counter[str]()
+    counts = Counter[str]()
+    misses: list[str] = []
     for group in groups.values():
         for one, other in itertools.combinations_with_replacement([made[name] for name in group if name in made], 2):
             for number in range(tries):
@@ -229,6 +230,8 @@ def pairs(root: Path, made: dict[str, Command], tries: int) -> list[str]:
     print("\ntwo at once, and their exit codes")
     for what, count in sorted(counts.items()):
         print(f"  {what:<44}{count:>3}")
+    for miss in misses:
+        print(f"  MISS {miss}")
     return misses
 
 

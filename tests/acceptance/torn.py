@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from tests.damages import flip
 
 DIED = 9  # exit code of a process that ended itself at a step
 STEPS = ("fsync", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "fdopen", "open", "truncate")
+REFERENCES = "references"  # folder beside the trials
 MAKERS = ("fsync", "link", "mkdir")  # of these, what a full disk refuses
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -92,6 +94,7 @@ def _be_the_command(root: Path, words: list[str], said: Path, counted: Path, dis
         os.environ.pop("BUILDER_PATIENT_KEY", None)
         sys.argv = ["builder", *words]
         warnings.simplefilter("default")
+        _reuse_references(root)
         counter = Counter(root)
         if disturb is not None:
             disturb(counter)
@@ -114,6 +117,28 @@ def _be_the_command(root: Path, words: list[str], said: Path, counted: Path, dis
             sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def _reuse_references(root: Path) -> None:
+    """Take the references of scores that were made in the preparation: that takes seconds, and writes nothing."""
+    import builder.job.run
+    import builder.quality.score_dataset
+    from builder.quality.reference import Reference
+
+    folder = next((place for place in root.resolve().parents if (place / REFERENCES).is_dir()), None)
+    for module in (builder.job.run, builder.quality.score_dataset):
+        make = module.build_reference
+
+        def known(real: Any, config: Any, codes: Any, *, make: Any = make, **settings: Any) -> Any:
+            file = None if folder is None else folder / REFERENCES / f"{settings.get('image_size')}.json"
+            if file is not None and file.is_file():
+                return Reference.from_json(json.loads(file.read_text()))
+            found = make(real, config, codes, **settings)
+            if file is not None:
+                file.write_text(json.dumps(found.to_json()))
+            return found
+
+        module.build_reference = known
 
 
 class Counter:
@@ -198,13 +223,14 @@ CONFIG = {
 def commands(root: Path, only: Sequence[str] = ()) -> list[Command]:
     """Folders with all that each command needs, made by the commands themselves. only: their names (default: all)."""
     base = root / "base"
+    (root / REFERENCES).mkdir()
     _in_child(lambda: _prepare(base))
     made: list[Command] = []
 
     def add(name: str, words: str, *before: str, ignored: tuple[str, ...] = ()) -> None:
         if only and name not in only:
             return
-        folder = root / f"for-{name.replace(' ', '-')}"
+        folder = root / f"for-{re.sub('[^a-z]+', '-', name)}"
         shutil.copytree(base, folder, symlinks=True)
         for line in before:
             ended = run(folder, line.split())
@@ -213,7 +239,9 @@ def commands(root: Path, only: Sequence[str] = ()) -> list[Command]:
         made.append(Command(name, words.split(), folder, ignored))
 
     shards = "shards --config tiny.yaml --checkpoint tiny --count 24 --name made --engine inline"
-    add("pack", "pack photographs --boxes boxes.csv --name packed --size 16")
+    pack = "pack photographs --boxes boxes.csv --name packed --size 16"
+    add("pack", pack + " --key-file site.key")
+    add("pack, new key", pack, ignored=(".tar",))  # another key, other hashes of patients
     add("shards", shards, ignored=("features/",))
     add("score", "score clinic --against clinic --config tiny.yaml", ignored=("features/",))
     add("score foreign", "score theirs --name theirs --against clinic --config tiny.yaml", ignored=("features/",))
@@ -227,7 +255,7 @@ def commands(root: Path, only: Sequence[str] = ()) -> list[Command]:
     add("export file", "checkpoint export tiny --to handed.safetensors")
     add("rm", "rm clinic --yes")
     add("verify --repair", "verify made --repair", shards, ignored=("features/",))
-    tar = root / "for-verify---repair/shards/made/shard-000001.tar"
+    tar = root / "for-verify-repair/shards/made/shard-000001.tar"
     if tar.exists():
         flip(tar, 700, 0)
     return made
@@ -299,6 +327,8 @@ def _write_photographs(base: Path) -> None:
         name = f"wound-{number:02d}.png"
         Image.fromarray(textured(number, 48)).save(base / "photographs" / name)
         lines.append(f"{name},6,6,42,42,{'IPR'[number % 3]},{number % 6 // 3 + 2 * (number // 6)}")
+    (base / "site.key").write_text("of nobody, for trials\n")
+    (base / "site.key").chmod(0o600)
     (base / "boxes.csv").write_text("\n".join(lines) + "\n")
 
 
