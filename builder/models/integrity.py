@@ -11,11 +11,12 @@ Folders of others, and those of older versions, record nothing; they are loaded 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from builder.display import printable
 from builder.errors import BuilderError
@@ -88,4 +89,4 @@ def _digests(paths: Sequence[Path]) -> list[str]:
 
 def _sha256(path: Path) -> str:
     with open_file(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(cast(io.BufferedReader, stream), "sha256").hexdigest()
