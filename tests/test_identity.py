@@ -420,3 +420,43 @@ def test_another_key_gives_another_order_split_and_fingerprint(tmp_path: Path) -
     for name in ("photographs", "boxes and labels", "patients", "patient key"):
         assert inputs[0][name] != inputs[1][name]
     assert from_photograph("x/P1.png", "photograph").text == "x/P1.png"
+
+
+# -- the attacker, and the matrix of kinds: small runs of what tests/acceptance measures ------------------------------
+
+
+def test_without_the_key_nobody_matches_rows_names_or_splits(tmp_path: Path) -> None:
+    """And with it, everybody does: the same attack."""
+    from tests.acceptance.reidentify import attack, one_packing, with_key
+
+    packings = [one_packing(tmp_path / str(n), f"the secret of site {n}".encode()) for n in range(3)]
+    found = attack(packings)
+    assert len(found) > 20
+    for name, tally in found.items():
+        low, high = tally.interval(len(found))
+        assert low <= tally.matches <= high, name
+    assert [with_key(*packing) for packing in packings] == [(72, 72)] * 3
+
+
+def test_the_attack_succeeds_where_the_key_is_public(tmp_path: Path) -> None:
+    from tests.acceptance.reidentify import attack, guessed_hashes, one_packing
+
+    packing = one_packing(tmp_path, b"phantom")
+    found = attack([packing])
+    assert found["row -> photograph, by SHA-256 of 'order NAME' (the order before)"].matches == 72
+    assert found["patient -> split, by HMAC under b'phantom'"].matches == 24
+    assert guessed_hashes(packing[0]) == 72 + 24
+
+
+def test_no_pair_of_kinds_or_spellings_passes_the_guards(tmp_path: Path) -> None:
+    from tests.acceptance.leaks import COMMANDS, controls, matrix
+    from tests.people import KINDS
+
+    spellings = ["p-1", "DFU-001"]
+    found = matrix(tmp_path / "pairs", spellings)
+    assert sum(found.values()) == len(COMMANDS) * (len(KINDS) * len(spellings)) ** 2
+    assert [pair for pair in found if pair[-1] == "passed"] == []
+    assert {pair[-1] for pair in found if pair[1:5] == ("column", "column", "p-1", "p-1")} == {"recognised"}
+    assert {pair[-1] for pair in found if pair[1:5] == ("column", "column", "p-1", "DFU-001")} == {"refused"}
+    passing = controls(tmp_path / "controls")
+    assert passing == dict.fromkeys(passing, True)
