@@ -19,7 +19,6 @@ from builder.shards.dataset import Dataset
 from builder.shards.inplace import Description, index_tars
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
-from builder.training.start import join_lineage
 
 PHASES = "IPR"  # every person has one photograph of each
 KINDS = ("column", "pattern", "photograph", "index")
@@ -85,6 +84,8 @@ def of_kind(kind: str, root: Path, name: str, ids: Sequence[str], key: PatientKe
 
 def lineage_from(real: Dataset, splits: Sequence[str] = ("train", "val", "test")) -> Lineage:
     """Of a generator that was trained on these splits of a dataset."""
+    from builder.training.start import join_lineage  # with torch
+
     rows = real.table(("patient", "split")).to_pylist()
     return join_lineage(real.info["lineage"], sorted({row["patient"] for row in rows if row["split"] in splits}), None)
 
