@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from builder.errors import BuilderError
+from builder.identity.key import new_secret, sound_secret
 from builder.models.load import load_pipeline
 from builder.models.verification import verify_checkpoint
 from builder.quality.features.cache import save_features
@@ -277,3 +278,19 @@ def test_a_state_of_an_older_version_is_read(tmp_path: Path) -> None:
     stage = Counting()
     assert States(tmp_path, "me").restore(stage, torch.device("cpu"))
     assert stage.step == 7
+
+
+# -- the patient key --------------------------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_of_a_new_patient_key_is_found() -> None:
+    secret = new_secret() + b"\n"
+    assert sound_secret(secret, "here") == secret.strip()
+    for place in range(len(secret)):
+        for bit in range(8):
+            hurt = bytearray(secret)
+            hurt[place] ^= 1 << bit
+            try:
+                assert sound_secret(bytes(hurt), "here") == secret.strip()  # another white space at the end
+            except BuilderError:
+                continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import secrets
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from builder.errors import BuilderError
 from builder.identity.comparison import PUBLIC_KEY
 from builder.identity.spelling import form_of, normalise
 
+MADE = b"builder-"  # so begin the keys that are made here
 MIN_KEY = 16  # bytes; patient numbers are few, so a short key would be found by trying
 GOOD_KEY = "by `openssl rand -hex 32`"
 
@@ -117,4 +119,27 @@ def sound_secret(secret: bytes, where: str) -> bytes:
             f"the patient key in {where} is malformed: it has {len(stripped.splitlines())} lines",
             f"a key is one line, e.g. one made {GOOD_KEY}",
         )
+    _require_undamaged(stripped, where)
     return stripped
+
+
+def new_secret() -> bytes:
+    """A new key as a line of text: `builder-`, 64 hex digits, and a check of them, so that a flipped bit is found.
+
+    All of the line is the secret; keys of other makes have no check.
+    """
+    body = MADE + secrets.token_hex(32).encode()
+    return body + b"-" + _check(body)
+
+
+def _require_undamaged(secret: bytes, where: str) -> None:
+    """BuilderError for a key that `new_secret` made and that is not as it was: all hashes would be others."""
+    body, check = secret[: len(MADE) + 64], secret[len(MADE) + 64 :]
+    # A single damaged byte leaves one of the two marks.
+    ours = secret.startswith(MADE) or (len(secret) == len(MADE) + 73 and check.startswith(b"-"))
+    if ours and check != b"-" + _check(body):
+        raise BuilderError(f"the patient key in {where} is damaged: its check does not fit", "restore it from a backup")
+
+
+def _check(body: bytes) -> bytes:
+    return hashlib.sha256(b"check " + body).hexdigest()[:8].encode()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from builder.errors import BuilderError
 from builder.files import fsync_folder, read_file
-from builder.identity.key import PatientKey, sound_secret
+from builder.identity.key import PatientKey, new_secret, sound_secret
 
 KEY_VARIABLE = "BUILDER_PATIENT_KEY"
 KEY_FILE = "patient.key"
@@ -68,7 +68,7 @@ def _made(path: Path) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, PRIVATE), "wb") as file:
-                file.write(secrets.token_hex(32).encode() + b"\n")
+                file.write(new_secret() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             _give_name(draft, path)

@@ -238,17 +238,18 @@ def commands(root: Path, only: Sequence[str] = ()) -> list[Command]:
                 raise AssertionError(f"preparing {name}, `builder {line}` ended with {ended.code}:\n{ended.output}")
         made.append(Command(name, words.split(), folder, ignored))
 
+    score = "score clinic --against clinic --config tiny.yaml"
     shards = "shards --config tiny.yaml --checkpoint tiny --count 24 --name made --engine inline"
     pack = "pack photographs --boxes boxes.csv --name packed --size 16"
     add("pack", pack + " --key-file site.key")
     add("pack, new key", pack, ignored=(".tar",))  # another key, other hashes of patients
     add("shards", shards, ignored=("features/",))
-    add("score", "score clinic --against clinic --config tiny.yaml", ignored=("features/",))
+    add("score", score, ignored=("features/",))
     add("score foreign", "score theirs --name theirs --against clinic --config tiny.yaml", ignored=("features/",))
-    add("filter", "filter clinic --name kept --no-gates --where height>1")
-    add("filter --view", "filter clinic --name seen --view --no-gates --where height>1")
+    add("filter", "filter clinic --name kept --no-gates --where key<'clinic-R'", score)
+    add("filter --view", "filter clinic --name seen --view --no-gates --where key<'clinic-R'", score)
     add("index", "index theirs-tars --name theirs --origin synthetic")
-    add("compact", "compact clinic")
+    add("compact", "compact clinic", score)
     add("train", "train --config train.yaml --to run", ignored=("log.jsonl",))
     add("import", "checkpoint import old.pt --base tiny --to imported")
     add("export", "checkpoint export tiny --to handed/on")
