@@ -51,9 +51,8 @@ class BoxSource:
     their numbers are certainly pixels, as those of masks. usable: False when the source could not be read so far that
     a photograph without a box means anything. unclear: roles whose column could not be told.
     missing: references to photographs that aren't there. left_out: what was left out, and how often. header: the
-    names of its columns or keys. empty: photographs whose mask says no wound. faulty: photographs with a box or mask that is a mistake, and was
-    noted. passed_over: what else lies in a folder
-    of masks.
+    names of its columns or keys. empty: photographs whose mask says no wound. faulty: photographs with a box or mask
+    that is a mistake, and was noted. passed_over: what else lies in a folder of masks.
     """
 
     boxes: list[Box] = field(default_factory=list)
