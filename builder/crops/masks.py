@@ -25,7 +25,7 @@ MAX_LABELS = 32  # more different values than this are no labels but shades
 MIN_CONTRAST = 64  # of 255, between the darkest and the brightest value of a mask in shades
 MAX_MIDDLE = 0.15  # share of pixels that are neither dark nor bright; photographs have far more
 ALIKE = 24  # of 255: colours of one part of a lossy mask lie this near to their median
-MIN_ALIKE = 0.7  # share of pixels for which that must hold
+MIN_ALIKE = 0.9  # share of pixels for which that must hold
 VOID = 255  # the label of "no statement" in Pascal VOC, Cityscapes and ADE20K
 VOID_COLOUR = 0xE0E0C0  # its colour in Pascal VOC
 LAST_INDEX = 30  # labels up to here are numbers of classes, not shades of grey
@@ -217,11 +217,11 @@ def _require_two_tones(labels: np.ndarray, brightness: np.ndarray, wound: np.nda
 
 
 def _core(part: np.ndarray) -> np.ndarray:
-    """A part without its edges, which are soft in lossy masks, where it is large enough to have more than edges."""
+    """A part without its edges, which are soft in lossy masks; nothing of a part that is little more than edges."""
     from scipy import ndimage
 
     core: np.ndarray = ndimage.binary_erosion(part, structure=np.ones((3, 3)), iterations=2, border_value=1)
-    return core if core.sum() >= SPECK else part
+    return core
 
 
 def _alike(labels: np.ndarray, part: np.ndarray) -> float:
