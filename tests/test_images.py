@@ -18,6 +18,8 @@ from builder.errors import BuilderError
 from builder.images import ImageError, open_mask, read_hashed, read_header, read_pixels
 from builder.images.orientation import exif_orientation
 from builder.shards.dataset import resize
+from builder.shards.foreign import adopt
+from builder.shards.storage import Storage
 from builder.shards.verify import check_dataset
 from tests import doors
 from tests.pictures import GREY, RGB, chunk, encoded, exif, png, read_kinds, refused_kinds, tiff
@@ -183,6 +185,14 @@ def test_a_pipe_a_folder_and_a_device_are_refused_without_waiting(tmp_path):
                 read(tmp_path / f"{name}.png")
 
 
+def test_a_folder_to_score_may_hold_odd_names_and_hidden_files(tmp_path):
+    folder = doors._tree(tmp_path / "tree", doors.table({"one": b""}), {"one": encoded(RGB)}, ".png") / "K0"
+    (folder / "._pictureK0.png").write_bytes(b"\0\5\26\7, as macOS puts it beside a file")
+    Path(os.fsdecode(os.fsencode(folder) + b"/Fu\xdf.png")).write_bytes(encoded(GREY))
+    adopted = adopt(str(tmp_path / "tree"), "tree", Storage(tmp_path), doors.table({"one": b""}))
+    assert sorted(adopted.table()["source"].to_pylist()) == ["K0/Fu\\udcdf.png", "K0/pictureK0.png"]
+
+
 def test_no_other_plug_in_is_ever_started(tmp_path, monkeypatch):
     """Nor asked: what Pillow has registered, Ghostscript's among it, plays no part."""
     monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("Pillow chose the format"))
@@ -198,10 +208,17 @@ def test_a_phone_s_heic_is_read_where_the_library_is(tmp_path):
     assert read_header(tmp_path / "a.heic").lossy
 
 
-def test_exif_of_a_damaged_png_chunk_turns_nothing():
-    block = bytearray(chunk(b"eXIf", exif(6)))
-    block[-1] ^= 1
-    np.testing.assert_array_equal(read_pixels(png(RGB.reshape(len(RGB), -1), 8, 2, bytes(block))), RGB)
+def test_a_wrong_checksum_counts_where_it_decides_pixels():
+    """A profile does; of EXIF the orientation is used where it can be read, for a sound picture is never refused."""
+    for kind, content in ((b"eXIf", exif(6)), (b"iCCP", b"x\0\0none"), (b"tEXt", b"Comment\0none")):
+        damaged = bytearray(chunk(kind, content))
+        damaged[-1] ^= 1
+        picture = png(RGB.reshape(len(RGB), -1), 8, 2, bytes(damaged))
+        if kind == b"iCCP":
+            with pytest.raises(ImageError, match="checksum of its part iCCP"):
+                read_pixels(picture)
+        else:
+            np.testing.assert_array_equal(read_pixels(picture), np.rot90(RGB, -1) if kind == b"eXIf" else RGB)
 
 
 def test_a_jpeg_of_endless_scans_is_refused():

@@ -100,16 +100,17 @@ def plain_rgb(data: bytes, max_pixels: int) -> Image.Image | None:
 def profile(source: ByteSource, header: Header) -> bytes | None:
     """See Codec."""
     place: Range | None = header.layout.profile
-    if place is None or (content := _sound(source, b"iCCP", place)) is None:
+    if place is None:
         return None
-    return _inflated(content.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
+    return _inflated(source.at(*place).partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
 
 
 def decode(source: ByteSource, header: Header) -> Image.Image:
     """See Codec."""
     chunks: _Chunks = header.layout
-    for kind, place in chunks.pixels:
-        if _sound(source, kind, place) is None:
+    decisive = [*chunks.pixels, *([(b"iCCP", chunks.profile)] if chunks.profile else [])]
+    for kind, place in decisive:
+        if not _is_sound(source, kind, place):
             raise damaged("PNG", f"the checksum of its part {kind.decode()} is wrong")
     data = source.all()
     if not chunks.clean or header.key is not None:
@@ -171,17 +172,15 @@ def _key(source: ByteSource, chunks: _Chunks, bits: int, colours: int) -> tuple[
     )
 
 
-def _sound(source: ByteSource, kind: bytes, place: Range) -> bytes | None:
-    """The content of a chunk; None when its checksum is another."""
-    content = source.at(*place)
-    checksum = source.at(place[0] + place[1], 4)
-    return content if zlib.crc32(content, zlib.crc32(kind)) == int.from_bytes(checksum, "big") else None
+def _is_sound(source: ByteSource, kind: bytes, place: Range) -> bool:
+    """Whether the checksum of a chunk is right."""
+    checksum = int.from_bytes(source.at(place[0] + place[1], 4), "big")
+    return zlib.crc32(source.at(*place), zlib.crc32(kind)) == checksum
 
 
 def _orientation(source: ByteSource, kind: bytes, place: Range) -> int | None:
     if kind == b"eXIf":
-        content = _sound(source, kind, place) if place[1] <= _MAX_TEXT else None
-        return None if content is None else exif_orientation(content)
+        return exif_orientation(source.at(*place)) if place[1] <= _MAX_TEXT else None
     start = source.at(place[0], 32)
     name = next((name for name in _RAW_EXIF if start.startswith(name)), None)
     if name is None or place[1] > _MAX_TEXT:

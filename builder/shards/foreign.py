@@ -51,7 +51,7 @@ def is_foreign(reference: str, out: str = ".") -> bool:
         return False
     if path.parent.name == "shards" and (path.parent.parent / "manifests" / path.name / "dataset.json").exists():
         return False
-    return any(path.glob("*.tar")) or any(file.suffix.lower() in IMAGES for file in path.glob("*/*"))
+    return any(path.glob("*.tar")) or any(_is_image(file) for file in path.glob("*/*"))
 
 
 def adopt(
@@ -173,7 +173,7 @@ def _expand(url: str, storage: Storage) -> list[str]:
 
 
 def _tree(folder: Path, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
-    others = {file.parent.name for file in folder.glob("*/*") if file.suffix.lower() in IMAGES} - set(classes.codes)
+    others = {file.parent.name for file in folder.glob("*/*") if _is_image(file)} - set(classes.codes)
     if others:
         raise BuilderError(
             f"the images in {folder / min(others)} have no class",
@@ -181,8 +181,14 @@ def _tree(folder: Path, classes: ClassTable, max_pixels: int) -> Iterator[Found]
         )
     for code in classes.codes:
         for file in sorted((folder / code).glob("*")):
-            if file.suffix.lower() in IMAGES:
-                yield code, f"{code}/{file.name}", read_foreign(file, str(file), max_pixels)[0]
+            if _is_image(file):
+                original = f"{code}/{printable(file.name)}"
+                yield code, original, read_foreign(file, printable(str(file)), max_pixels)[0]
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file is taken for an image: by its name, and not hidden, as what systems put beside images is."""
+    return file.suffix.lower() in IMAGES and not file.name.startswith(".")
 
 
 def _tar(storage: Storage, tar: str, classes: ClassTable, max_pixels: int) -> Iterator[Found]:
