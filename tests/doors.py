@@ -33,7 +33,7 @@ def table(names: Pictures) -> ClassTable:
 def by_pack(folder: Path, pictures: Pictures, suffix: str = ".png") -> Pixels:
     """`builder pack`, the middle of each photograph, which is all of a square."""
     classes = table(pictures)
-    photographs = _tree(folder / "photographs", classes, pictures, suffix)
+    photographs = tree(folder / "photographs", classes, pictures, suffix)
     request = PackRequest(photographs, classes=classes, without_box="whole", group_by="photograph", key=SECRET)
     packed = Dataset("packed", Storage(folder))
     pack(request, packed, progress=False)
@@ -42,7 +42,7 @@ def by_pack(folder: Path, pictures: Pictures, suffix: str = ".png") -> Pixels:
 
 def by_score_of_a_folder(folder: Path, pictures: Pictures, suffix: str = ".png") -> Pixels:
     classes = table(pictures)
-    source = _tree(folder / "tree", classes, pictures, suffix)
+    source = tree(folder / "tree", classes, pictures, suffix)
     return _pixels(adopt(str(source), "tree", Storage(folder), classes))
 
 
@@ -93,7 +93,7 @@ def _pixels(dataset: Dataset) -> Pixels:
     return {row["phase"]: pixels for row, pixels in dataset.images()}
 
 
-def _tree(root: Path, classes: ClassTable, pictures: Pictures, suffix: str) -> Path:
+def tree(root: Path, classes: ClassTable, pictures: Pictures, suffix: str) -> Path:
     for code, picture in zip(classes.codes, pictures.values(), strict=True):
         (root / code).mkdir(parents=True)
         (root / code / f"picture{code}{suffix}").write_bytes(picture)

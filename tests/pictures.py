@@ -310,6 +310,7 @@ def refused_kinds() -> dict[str, tuple[bytes, str]]:
         "12 bits in 16": (png(deep(twelve), 16, 0), "below a sixteenth"),
         "wholly transparent": (encoded(clear), "wholly transparent"),
         "tiff with a channel of unknown meaning": (extra, "isn't said to be transparency"),
+        "png without its palette": (png(GREY, 8, 3), "palette is missing"),
         "png with a flipped bit": (bytes(flipped), "checksum"),
         **cut,
     }

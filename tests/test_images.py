@@ -186,7 +186,7 @@ def test_a_pipe_a_folder_and_a_device_are_refused_without_waiting(tmp_path):
 
 
 def test_a_folder_to_score_may_hold_odd_names_and_hidden_files(tmp_path):
-    folder = doors._tree(tmp_path / "tree", doors.table({"one": b""}), {"one": encoded(RGB)}, ".png") / "K0"
+    folder = doors.tree(tmp_path / "tree", doors.table({"one": b""}), {"one": encoded(RGB)}, ".png") / "K0"
     (folder / "._pictureK0.png").write_bytes(b"\0\5\26\7, as macOS puts it beside a file")
     Path(os.fsdecode(os.fsencode(folder) + b"/Fu\xdf.png")).write_bytes(encoded(GREY))
     adopted = adopt(str(tmp_path / "tree"), "tree", Storage(tmp_path), doors.table({"one": b""}))

@@ -5,7 +5,16 @@ Format by content, out of a list; the one EXIF tag that turns; depth, transparen
 
 from __future__ import annotations
 
-from builder.images.door import Mask, open_mask, part, read_hashed, read_header, read_picture, read_pixels
+from builder.images.door import (
+    Mask,
+    open_mask,
+    part,
+    read_described,
+    read_hashed,
+    read_header,
+    read_picture,
+    read_pixels,
+)
 from builder.images.errors import ImageError
 from builder.images.formats import READ, SUFFIXES
 from builder.images.header import Header
@@ -21,6 +30,7 @@ __all__ = [
     "Mask",
     "open_mask",
     "part",
+    "read_described",
     "read_hashed",
     "read_header",
     "read_picture",

@@ -65,13 +65,22 @@ def read_header(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) 
 
 def read_picture(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
     """As `read_pixels`, as a Pillow image of mode RGB, without metadata."""
+    return _colours(picture, max_pixels)[0]
 
-    def colours(codec: Codec, source: ByteSource, header: Header) -> Image.Image:
-        image = codec.decode(source, header)
-        return upright(to_rgb(image, header, codec.profile(source, header)), header.orientation)
 
-    picture_rgb: Image.Image = _decoded(picture, max_pixels, colours)
-    return picture_rgb
+def read_described(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> tuple[np.ndarray, Header]:
+    """As `read_pixels` and `read_header`, at the cost of one of them."""
+    image, header = _colours(picture, max_pixels)
+    return np.asarray(image), header
+
+
+def _colours(picture: bytes | Path, max_pixels: int) -> tuple[Image.Image, Header]:
+    def use(codec: Codec, source: ByteSource, header: Header) -> tuple[Image.Image, Header]:
+        image = to_rgb(codec.decode(source, header), header, codec.profile(source, header))
+        return upright(image, header.orientation), header
+
+    found: tuple[Image.Image, Header] = _decoded(picture, max_pixels, use)
+    return found
 
 
 def read_pixels(picture: bytes | Path, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> np.ndarray:

@@ -62,6 +62,8 @@ def header(source: ByteSource) -> Header:
     chunks.clean &= position == source.size
     values = source.at(*chunks.pixels[0][1])
     bits, colours = values[8], values[9]
+    if colours == 3 and all(kind != b"PLTE" for kind, _ in chunks.pixels):
+        raise damaged("PNG", "its palette is missing")
     return Header(
         "PNG",
         (int.from_bytes(values[:4], "big"), int.from_bytes(values[4:8], "big")),

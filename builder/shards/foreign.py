@@ -22,7 +22,7 @@ from builder.config import fingerprint
 from builder.display import printable
 from builder.documents import parse_json
 from builder.errors import BuilderError
-from builder.images import DEFAULT_MAX_PIXELS, SUFFIXES, Header, ImageError, read_header, read_pixels
+from builder.images import DEFAULT_MAX_PIXELS, SUFFIXES, Header, ImageError, read_described
 from builder.phases import ClassTable
 from builder.shards.dataset import NAME, Dataset
 from builder.shards.lock import exclusive
@@ -259,6 +259,6 @@ def class_code(said: Mapping[str, bytes], classes: ClassTable, where: str) -> st
 def read_foreign(picture: bytes | Path, where: str, max_pixels: int) -> tuple[np.ndarray, Header]:
     """The pixels of an image of others, and its header. BuilderError names `where` and the remedy."""
     try:
-        return read_pixels(picture, max_pixels=max_pixels), read_header(picture, max_pixels=max_pixels)
+        return read_described(picture, max_pixels=max_pixels)
     except ImageError as error:
         raise BuilderError(f"the image {where} cannot be read: {error.reason}", error.remedy) from None
