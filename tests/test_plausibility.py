@@ -141,6 +141,7 @@ def test_boxes_of_small_pictures_and_of_the_middle_are_pixels():
     assert look((30, 30, 60, 70), (4000, 3000), 1) == "percent"  # one photograph is enough when it is large
     assert look((30, 30, 60, 70), (320, 240), 1) == "pixel"  # but not a small one
     assert look((96, 72, 192, 168), SIZE) == "pixel"
+    assert look((70, 70, 100, 99), SIZE) == "percent"  # lower right in all nine
 
 
 @given(st.sampled_from(sorted(TO_EDGES)), st.tuples(*[st.floats(-1e4, 1e4)] * 4))
@@ -539,6 +540,25 @@ def test_all_mistakes_of_an_input_are_said_in_one_run(tmp_path):
         "l.csv line 2: label 'Q'", "no label for", "I2.png",
     ):  # fmt: skip
         assert part in str(error.value), part
+
+
+def test_all_photographs_that_are_cut_short_are_said_in_one_run(tmp_path):
+    """Their headers are sound, so that is found only when their pixels are decoded."""
+    clinic(tmp_path)
+    for name in ("I/I0", "P/P1", "R/R2"):
+        path = tmp_path / "photos" / f"{name}.png"
+        Image.open(path).save(tmp_path / "photos" / f"{name}.jpg")
+        path.unlink()
+        path = path.with_suffix(".jpg")
+        path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(BuilderError, match="3 mistakes") as error:
+        pack(
+            request(tmp_path, without_box="whole", group_by="photograph", freeze_size=16),
+            Dataset("real", Storage(tmp_path / "out")),
+            progress=False,
+        )
+    assert all(f"{name}.jpg cannot be read" in str(error.value) for name in ("I0", "P1", "R2"))
+    assert not Dataset("real", Storage(tmp_path / "out")).exists()
 
 
 def test_a_filled_patient_column_is_asked_for_where_there_is_one(tmp_path):

@@ -60,6 +60,7 @@ def pack(
     from builder.config import load_config
     from builder.crops.pack import PackRequest
     from builder.crops.pack import pack as run
+    from builder.display import printable_lines
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
 
@@ -86,7 +87,7 @@ def pack(
         licence=licence,
         max_pixels=max_pixels,
     )
-    click.echo(run(request, Dataset(name, Storage(out))))
+    click.echo(printable_lines(str(run(request, Dataset(name, Storage(out))))))
 
 
 def _by_role(columns: tuple[str, ...]) -> dict[str, str]:

@@ -86,7 +86,8 @@ LAYOUTS: Sequence[tuple[str, tuple[str, str, str, str]]] = (
 
 _PATIENT_STEMS = (
     "patient", "pazient", "pacient", "subject", "sujet", "proband", "participant", "person", "individual",
-    "medicalrecord", "mrn", "hospitalnum", "hospitalno",
+    "medicalrecord", "mrn", "hospitalnum", "hospitalno", "hospitalid", "chartno", "chartnum", "dossier", "historia",
+    "cartella", "volunteer", "donor", "animal", "mouse",
 )  # fmt: skip
 _ATTRIBUTE_WORDS = (
     "age sex gender height weight bmi ethnicity race position side count consent "

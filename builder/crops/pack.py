@@ -15,6 +15,7 @@ from builder import __version__
 from builder.config import CropsConfig, fingerprint
 from builder.crops.cut import BadPhotographError, cut, decode
 from builder.crops.plan import PackRequest, Plan, PlannedCrop, make_plan, require_all_phases
+from builder.crops.problems import Problems
 from builder.crops.split import split_patients
 from builder.crops.summary import PackSummary, Tally
 from builder.errors import BuilderError
@@ -174,16 +175,21 @@ def _samples(
     """Photograph, planned crop, row and payload of every crop, each photograph decoded once.
 
     Photographs come in an order drawn from their names and the key, so that every shard mixes patients and phases,
-    and nobody without the key knows which photograph a row is of.
+    and nobody without the key knows which photograph a row is of. BuilderError, once all are read, naming all that
+    cannot be decoded.
     """
     indices: Counter[str] = Counter()
+    problems = Problems()
     for name in sorted(plan.crops, key=site.order):
         try:
             photograph = decode(plan.photographs.path(name), max_pixels=request.max_pixels)
-        except BadPhotographError:
-            if not request.skip_bad:
-                raise
-            plan.skipped["unreadable photographs, left out"] += 1
+        except BadPhotographError as error:
+            if request.skip_bad:
+                plan.skipped["unreadable photographs, left out"] += 1
+            else:
+                problems.add_error(error)
+            continue
+        if problems:  # nothing will be kept: only the other photographs that cannot be read are still looked for
             continue
         for planned in plan.crops[name]:
             crop = cut(
@@ -204,3 +210,4 @@ def _samples(
                 "original_size": list(crop.original_size),
             }
             yield name, planned, row, encode_png(crop.pixels)
+    problems.raise_if_any()

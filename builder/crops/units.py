@@ -19,6 +19,8 @@ Sizes = Mapping[str, tuple[int, int]]
 UNITS: Mapping[Unit, float] = {"pixel": 0.0, "fraction": 1.0, "percent": 100.0}  # the photograph's whole side
 TOLERANCE = 0.01  # of the whole side: rounding in the tools that write fractions
 CHANCE = 0.05  # below it, boxes of pixels would not all lie in the upper left corner by chance
+CERTAIN = 1e-4  # below it, that is believed wherever in their photographs the boxes are
+LARGE = 200  # px; in smaller photographs the middle is near the corner
 _LOOK = {"fraction": "fractions of the photograph (0-1)", "percent": "percents of the photograph (0-100)"}
 _NUMBERS = {
     CORNERS: "xmin, ymin, xmax, ymax",
@@ -60,8 +62,9 @@ def look_like(boxes: Sequence[Box], sizes: Sizes) -> Unit:
     """The unit that the numbers of all boxes of a source look like.
 
     Fractions lie within the first pixel. Percents, taken for pixels, would all lie in the upper left corner of 100 px:
-    that is believed where it would be chance (product over the photographs of 100 / width x 100 / height) below
-    CHANCE, and where the boxes are then nearer to the middle of their photographs than as pixels.
+    it is believed that they are percents where that has a chance (product over the photographs of 100 / width x
+    100 / height) below CHANCE, and as percents they are nearer to the middle of their photographs; or where it has a
+    chance below CERTAIN, and no photograph is small.
     """
     if not boxes:
         return "pixel"
@@ -75,7 +78,9 @@ def look_like(boxes: Sequence[Box], sizes: Sizes) -> Unit:
         chance *= min(1.0, 100 / width) * min(1.0, 100 / height)
     as_percent = _off_middle([(*_middle(box), 100.0, 100.0) for box in boxes])
     as_pixels = _off_middle([(*_middle(box), *sizes[box.photograph]) for box in boxes])
-    return "percent" if chance < CHANCE and as_percent < as_pixels else "pixel"
+    central = chance < CHANCE and as_percent < as_pixels
+    certain = chance < CERTAIN and min(min(sizes[box.photograph]) for box in boxes) >= LARGE
+    return "percent" if central or certain else "pixel"
 
 
 def _require_unit(boxes: Sequence[Box], sizes: Sizes, asked: Unit | None, source: BoxSource, path: object) -> None:
