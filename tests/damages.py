@@ -43,10 +43,11 @@ def reads_the_same(path: Path, before: bytes) -> bool:
     """The rule of what may pass unnoticed: what is read of the file is the same as before.
 
     That is so where the bytes are the same, where the data of a JSON document are (white space was hit), and where a
-    file that only saves work (a cache, the index) is gone: then the work is done again.
+    file that only saves work (a cache, the index, a resume state beside the newest) is gone: then the work is done
+    again, with the same result.
     """
     if not path.exists():
-        return path.suffix == ".npy" or path.name == "index.parquet"
+        return path.suffix == ".npy" or path.name == "index.parquet" or _is_spare_state(path)
     now = path.read_bytes()
     if now == before:
         return True
@@ -58,8 +59,14 @@ def reads_the_same(path: Path, before: bytes) -> bool:
     return False
 
 
+def _is_spare_state(path: Path) -> bool:
+    """A state from which training does not go on, or of the stage before the last."""
+    later = [other for other in path.parent.glob("unet-*.pt") if other.name > path.name]
+    return path.suffix == ".pt" and (bool(later) or not path.name.startswith("unet-"))
+
+
 def files_of(root: Path) -> list[Path]:
-    """All files under a folder that something is read from."""
+    """All files under a folder that something is read from: not what workers of a job told each other (job/)."""
     return sorted(
         path for path in root.rglob("*") if path.is_file() and path.suffix not in IDLE and path.name not in IDLE
     )

@@ -250,8 +250,8 @@ def save_checkpoint(pipeline: Any, checkpoint: Checkpoint) -> Checkpoint:
         with without_bars():
             with_parts(pipeline, **halves).save_pretrained(folder, safe_serialization=True)
         save_grain(pipeline.vae, folder / "vae")
-        write_description(checkpoint, folder)
-    return checkpoint
+        recorded = write_description(checkpoint, folder)
+    return recorded
 
 
 def save_adapter(unet: Any, checkpoint: Checkpoint) -> Checkpoint:
@@ -263,14 +263,19 @@ def save_adapter(unet: Any, checkpoint: Checkpoint) -> Checkpoint:
 
     with new_folder(checkpoint.path, replace=True) as folder:
         save_lora(unet, folder)
-        write_description(checkpoint, folder)
-    return checkpoint
+        recorded = write_description(checkpoint, folder)
+    return recorded
 
 
-def write_description(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write checkpoint.json, with its checksum, into a folder that is whole otherwise: it records every file there."""
+def write_description(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """Write checkpoint.json, with its checksum, into a folder that is whole otherwise: it records every file there.
+
+    Returns:
+        The checkpoint with that record.
+    """
     recorded = dataclasses.replace(checkpoint, files=record_files(folder, DESCRIPTION))
     write_document(folder / DESCRIPTION, recorded.to_json())
+    return recorded
 
 
 @contextlib.contextmanager

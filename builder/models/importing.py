@@ -88,14 +88,14 @@ def import_legacy(request: Request) -> tuple[Checkpoint, list[str]]:
         alphas = {**adapter.alphas, **dict.fromkeys(missing, _alpha(request, legacy) if missing else 0.0)}
         made = dataclasses.replace(made, method="lora")
         _put_adapter(unet, adapter.layers, alphas, where)
-        save_adapter(unet, made)
+        made = save_adapter(unet, made)
     else:
         weights = full_weights(state, shapes, where)
         with new_folder(request.target) as folder:
             _write_parts(base, folder)
             layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
             write_tensors(folder / "unet" / f"{STEM}.safetensors", layout, weights.__getitem__)
-            write_description(made, folder)
+            made = write_description(made, folder)
     return made, notes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import shutil
+import warnings
 from pathlib import Path
 
 from builder.config import Config
@@ -41,6 +42,11 @@ class Checkpoints:
         self.evaluation, self.description, self.log = evaluation, description, log
         self.images_per_epoch = images_per_epoch
         history = History.read(out)
+        if history.entries and history.last.step > stage.step:
+            warnings.warn(
+                f"{out} has a checkpoint of step {history.last.step}, but its newest state that is whole is of step "
+                f"{stage.step}: the steps since are made again", stacklevel=2,
+            )  # fmt: skip
         known = tuple(entry for entry in history.entries if entry.step <= stage.step)
         self.history = dataclasses.replace(history, entries=known)
         if evaluation:

@@ -57,7 +57,7 @@ class States:
             raise
         fsync_folder(self.folder)
         for old in state_files(self.folder, stage):
-            if _step(old) == step and old != target:  # the same step once more
+            if step_of(old) == step and old != target:  # the same step once more
                 old.unlink()
         for old in state_files(self.folder, stage)[:-KEPT_STATES]:
             old.unlink()
@@ -109,7 +109,8 @@ def state_damage(file: Path) -> str | None:
     return None
 
 
-def _step(file: Path) -> int:
+def step_of(file: Path) -> int:
+    """The step of a state, of its name."""
     return int(re.search(r"-(\d{8})", file.name)[1])  # type: ignore[index]
 
 

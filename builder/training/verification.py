@@ -9,7 +9,7 @@ from builder.models.checkpoint import DESCRIPTION, STEP, is_checkpoint
 from builder.models.history import FILE as HISTORY
 from builder.models.history import History
 from builder.models.verification import CheckpointReport, verify_checkpoint
-from builder.training.states import state_damage, state_files
+from builder.training.states import state_damage, state_files, step_of
 
 
 def verify_run(run: Path) -> CheckpointReport:
@@ -37,6 +37,12 @@ def verify_run(run: Path) -> CheckpointReport:
         report.findings.append(f"{run / last} is missing, though {HISTORY} names it last: run the training again")
     if not history.entries and folders and not (run / HISTORY).is_file():
         report.findings.append(f"{run / HISTORY} is missing: restore it from a copy")
+    steps = [step_of(state) for state in state_files(run / "state", "unet")]
+    if history.entries and max(steps, default=0) < history.last.step:
+        report.findings.append(
+            f"{run / 'state'} lacks the state of step {history.last.step}: training makes the steps since "
+            f"{max(steps, default=0)} again"
+        )
     for state in state_files(run / "state"):
         report.files += 1
         if said := state_damage(state):

@@ -205,7 +205,7 @@ def content(root: Path, ignored: tuple[str, ...] = ()) -> dict[str, str]:
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
-        if path.is_dir() or any(part in name for part in ("logs/", ".lock", *ignored)):
+        if path.is_dir() or any(part in name for part in ("logs/", "job/workers/", ".lock", *ignored)):
             continue
         exact = path.suffix in (".tar", ".safetensors", ".npy")
         found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if exact else ""
