@@ -215,10 +215,14 @@ def test_a_wrong_checksum_counts_where_it_decides_pixels():
         damaged[-1] ^= 1
         picture = png(RGB.reshape(len(RGB), -1), 8, 2, bytes(damaged))
         if kind == b"iCCP":
-            with pytest.raises(ImageError, match="checksum of its part iCCP"):
+            with pytest.raises(ImageError, match="checksum of its part 'iCCP'"):
                 read_pixels(picture)
         else:
             np.testing.assert_array_equal(read_pixels(picture), np.rot90(RGB, -1) if kind == b"eXIf" else RGB)
+    hidden = chunk(b"tRNS", struct.pack(">HHH", 170, 40, 50))
+    for name in (b"tRNR", b"uRNS"):  # a bit of the name has flipped: what was transparent must not come back
+        with pytest.raises(ImageError, match=r"checksum|no reader knows"):
+            read_pixels(png(RGB.reshape(len(RGB), -1), 8, 2, hidden.replace(b"tRNS", name)))
 
 
 def test_a_jpeg_of_endless_scans_is_refused():

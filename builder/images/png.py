@@ -22,6 +22,8 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_START, _PLAIN_KIND = SIGNATURE + b"\0\0\0\rIHDR", b"\x08\2\0\0\0"  # 8 bits, RGB, deflate, not interlaced
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 _PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+_BESIDE = {b"tEXt", b"zTXt", b"iTXt", b"tIME", b"eXIf", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"hIST"}
+_BESIDE |= {b"pHYs", b"sPLT", b"acTL", b"fcTL", b"fdAT", b"cICP", b"mDCV", b"cLLI", b"oFFs", b"vpAg", b"caNv", b"orNT"}
 _RAW_EXIF = (b"Raw profile type exif\0", b"Raw profile type APP1\0")  # as ImageMagick wrote it before eXIf was there
 _PIECE = 1 << 20  # bytes that are decompressed at a time
 _MAX_TEXT = 1 << 20  # bytes of a chunk that is looked at for its EXIF
@@ -32,6 +34,7 @@ Range = tuple[int, int]  # offset and length of a chunk's content
 @dataclass
 class _Chunks:
     pixels: list[tuple[bytes, Range]] = field(default_factory=list)
+    unknown: list[tuple[bytes, Range]] = field(default_factory=list)  # what its name doesn't explain
     profile: Range | None = None
     clean: bool = True  # nothing but the pixels' chunks, from the first byte to the last
 
@@ -54,6 +57,8 @@ def header(source: ByteSource) -> Header:
             raise damaged("PNG", f"it has a part {kind.decode('latin-1')!r} that no reader knows")
         else:
             chunks.clean = False
+            if kind not in _BESIDE:
+                chunks.unknown.append((kind, place))
             if kind == b"iCCP":
                 chunks.profile = chunks.profile or place
             elif orientation is None and kind in (b"eXIf", b"tEXt", b"zTXt"):
@@ -110,10 +115,10 @@ def profile(source: ByteSource, header: Header) -> bytes | None:
 def decode(source: ByteSource, header: Header) -> Image.Image:
     """See Codec."""
     chunks: _Chunks = header.layout
-    decisive = [*chunks.pixels, *([(b"iCCP", chunks.profile)] if chunks.profile else [])]
-    for kind, place in decisive:
+    decisive = [*chunks.pixels, *chunks.unknown, *([(b"iCCP", chunks.profile)] if chunks.profile else [])]
+    for kind, place in decisive:  # an unknown name may be a damaged one: of the transparency, say
         if not _is_sound(source, kind, place):
-            raise damaged("PNG", f"the checksum of its part {kind.decode()} is wrong")
+            raise damaged("PNG", f"the checksum of its part {kind.decode('latin-1')!r} is wrong")
     data = source.all()
     if not chunks.clean or header.key is not None:
         kept = [place for kind, place in chunks.pixels if kind != b"tRNS" or header.key is None]
