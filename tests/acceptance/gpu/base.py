@@ -1,21 +1,23 @@
 """Train the base that ships (configs/base.yaml) for the minutes that are left, and bring its checkpoint back.
 
 The crops are rendered in the background while the other parts run. A short training on a few patients tells what a
-step of each stage takes here; the steps of the real one are fitted to the time by it. Back come base.tar.0, base.tar.1,
-... (of at most 15 MB; `cat base.tar.* | tar x`), and the losses and reconstructions within.
+step of each stage takes here; the steps of the real one are fitted to the time by it. That one runs as a command of
+its own and makes checkpoints on the way: where the time is over before the last step, it is told to stop, and the last
+checkpoint comes back. Back come base.tar.0, base.tar.1, ... (of at most 15 MB; `cat base.tar.* | tar x`), with the
+losses and reconstructions within.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.acceptance.gpu.setting import Result
 
@@ -25,7 +27,11 @@ CALIBRATION = {"train.vae.steps": 60, "train.vae.adversarial_steps": 40, "train.
 SHARES = {"vae": 0.2, "decoder": 0.3, "unet": 0.5}  # of the training time
 STEPS = {"vae": "train.vae.steps", "decoder": "train.vae.adversarial_steps", "unet": "train.steps"}
 BATCH = {"vae": "batch_size", "decoder": "adversarial_batch_size"}  # of train.vae
-OVERHEAD_S = 25.0  # reading, encoding, checkpoints, packing
+READING_S = 0.0015  # a crop: its views drawn and encoded
+OVERHEAD_S = 20.0  # starting, checkpoints
+SAFETY = 0.8  # steps took up to a fifth longer than in the calibration
+STOPPING_S = 20.0  # from being told to stop until everything is written
+CHECKPOINTS = 6  # on the way
 SMALL = [  # of the calibration in miniature and of the whole training there
     "train.size=16", "sample.size=16", "sample.steps=2", "train.batch_size=4", "train.warmup_steps=1",
     "train.vae.batch_size=4", "train.vae.adversarial_batch_size=4", "train.cached_views=1", "train.threads=1",
@@ -48,56 +54,82 @@ def render_in_background(patients: int, miniature: bool) -> subprocess.Popen[byt
 
 def run(out: Path, minutes: float, miniature: bool) -> Result:
     """Train for about `minutes` and write the checkpoint's pieces into `out`; what was done, as numbers."""
-    from builder.demo.base_dataset import ensure_base
-    from builder.shards.lock import LockedError
-
     ends = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="builder-gpu-calibration-") as scratch:
-        few = ensure_base(scratch, patients=3 if miniature else 40, workers=1 if miniature else 12)
+        few = _rendered(Path(scratch), patients=3 if miniature else 40, workers=1 if miniature else 12)
         calibration = dict.fromkeys(CALIBRATION, 2) if miniature else CALIBRATION
-        seconds = _train(few, Path(scratch) / "checkpoint", calibration, miniature)
+        _train(Path(scratch), Path(scratch) / "calibration", calibration, ends, miniature)
+        seconds = _seconds_a_step(Path(scratch) / "calibration", miniature)
         waited = time.time()
-        whole = few
-        while not miniature:
-            try:
-                whole = ensure_base(str(ROOT))
-                break
-            except LockedError:  # it is being rendered
-                time.sleep(0.5)
+        root, crops = (Path(scratch), few) if miniature else (ROOT, _rendered(ROOT))
         waited = time.time() - waited
-        left = ends - time.time() - (0 if miniature else OVERHEAD_S)
         steps = dict(calibration)
         if not miniature:
+            left = SAFETY * (ends - time.time() - OVERHEAD_S - STOPPING_S - READING_S * crops)
             steps = {STEPS[stage]: max(50, int(left * share / seconds[stage])) for stage, share in SHARES.items()}
-        target = Path(scratch) / "base" if miniature else ROOT / "checkpoints" / "base"
-        started, crops = time.time(), whole.info["count"]
-        took = _train(whole, target, steps, miniature)
-        final = max(target.glob("step-*"))
-        pieces = _bring_back(target, final, out)
-    return {
-        "rows": [
-            {
-                "crops": crops,
-                "seconds": round(time.time() - started, 1),
-                "waited for crops, s": round(waited, 1),
-                **{f"{stage} steps": steps[key] for stage, key in STEPS.items()},
-                **{f"{stage} ms/step": round(1000 * value, 1) for stage, value in took.items()},
-                "pieces": pieces,
-            }
-        ]
-    }
+        target = root / "checkpoints" / "base"
+        started = time.time()
+        _train(root, target, steps, ends - STOPPING_S, miniature)
+        checkpoints = sorted(target.glob("step-*"))
+        row = {
+            "crops": crops,
+            "seconds": round(time.time() - started, 1),
+            "waited for crops, s": round(waited, 1),
+            **{f"{stage} steps": steps[key] for stage, key in STEPS.items()},
+            **{
+                f"{stage} ms/step": round(1000 * value, 1)
+                for stage, value in _seconds_a_step(target, miniature).items()
+            },
+            "checkpoint": checkpoints[-1].name if checkpoints else "none",
+            "pieces": _bring_back(target, checkpoints[-1:], out),
+        }
+    return {"rows": [row]}
 
 
-def _train(dataset: Any, out: Path, steps: dict[str, int], miniature: bool) -> dict[str, float]:
-    """Train configs/base.yaml for these steps; seconds of a step, by stage, from the last lines of the log."""
-    from builder.config import load_config
-    from builder.training.run import train
+def _rendered(root: Path, patients: int | None = None, workers: int = 2) -> int:
+    """The crops of the base under `root`, rendered here or, where somebody is at it, waited for; how many there are."""
+    from builder.demo.base_dataset import BASE_PATIENTS, ensure_base
+    from builder.shards.lock import LockedError
 
-    every = max(steps.values()) if miniature else max(100, steps["train.steps"])
+    while True:
+        try:
+            count: int = ensure_base(str(root), patients=patients or BASE_PATIENTS, workers=workers).info["count"]
+            return count
+        except LockedError:
+            time.sleep(0.5)
+
+
+def _train(root: Path, out: Path, steps: dict[str, int], ends: float, miniature: bool) -> None:
+    """`builder train --config base` for these steps; told to stop when it is still at work at `ends`.
+
+    Raises RuntimeError when it fails by itself.
+    """
     settings = [f"{key}={value}" for key, value in steps.items()]
-    settings += [f"train.checkpoint_every={every}", f"train.vae.guided_steps={steps['train.vae.steps'] // 5}"]
-    config = load_config("base", [*settings, *(SMALL if miniature else [])])
-    train(config, dataset, out)
+    settings += [f"train.checkpoint_every={max(1, steps['train.steps'] // CHECKPOINTS)}"]
+    settings += [f"train.vae.guided_steps={steps['train.vae.steps'] // 5}", *(SMALL if miniature else [])]
+    words = [sys.executable, "-m", "builder", "train", "--config", "base", "--real", "base"]
+    words += ["--out", str(root), "--to", str(out), *(word for setting in settings for word in ("--set", setting))]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "train.log").open("ab") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+        try:
+            code = process.wait(timeout=max(1.0, ends - time.time()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=STOPPING_S / 2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            return
+    if code:
+        raise RuntimeError(f"exit code {code}: {(out / 'train.log').read_text(errors='replace')[-1500:]}")
+
+
+def _seconds_a_step(out: Path, miniature: bool) -> dict[str, float]:
+    """By stage, from the last line of each in the log of a run."""
+    from builder.config import load_config
+
+    config = load_config("base", SMALL if miniature else [])
     last = {}
     for line in (out / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -106,12 +138,13 @@ def _train(dataset: Any, out: Path, steps: dict[str, int], miniature: bool) -> d
     return {stage: images[stage] / entry["images_per_s"] for stage, entry in last.items()}
 
 
-def _bring_back(run_folder: Path, checkpoint: Path, out: Path) -> int:
+def _bring_back(run_folder: Path, checkpoints: list[Path], out: Path) -> int:
     """Pack the checkpoint, the log and the pictures of a run into base.tar.N; the number of pieces."""
     with tempfile.TemporaryFile() as file:
         with tarfile.open(fileobj=file, mode="w") as tar:
-            tar.add(checkpoint, "base/checkpoint")
-            for name in ("log.jsonl", "loss.png", "reconstructions.png", "samples"):
+            for checkpoint in checkpoints:
+                tar.add(checkpoint, "base/checkpoint")
+            for name in ("log.jsonl", "train.log", "loss.png", "reconstructions.png", "samples"):
                 if (run_folder / name).exists():
                     tar.add(run_folder / name, f"base/{name}")
         file.seek(0)
