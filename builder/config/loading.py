@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = data.pop("extends", None)
     if base is None:
         return data
+    if not isinstance(base, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_./-]{0,200}", base) or ".." in base:
+        raise BuilderError(
+            f"{path} extends '{printable(base, 60)}'", "name a config beside it, or one of configs/, without .yaml"
+        )
     beside = path.parent / f"{base}.yaml"
     other = beside if beside.is_file() else find_config(str(base))
     chain = (*extended_by, path.resolve())

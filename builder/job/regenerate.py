@@ -10,6 +10,7 @@ import numpy as np
 
 from builder.config import config_from_json
 from builder.display import printable
+from builder.documents import RESTORE
 from builder.errors import BuilderError
 from builder.job.plan import Plan
 from builder.job.run import VERSIONS
@@ -54,11 +55,13 @@ def recorded_spec(
     from builder.models.checkpoint import resolve
 
     info = dataset.info
-    if "fingerprint_keys" not in info:
+    if "fingerprint_keys" not in info or "checkpoint" not in info:
         raise BuilderError(
             f"dataset '{dataset.name}' was not made by a batch job", "only synthetic images can be made again"
         )
     keys = info["fingerprint_keys"]
+    if missing := [key for key in ("checkpoint", "dtype", "phases", "weights") if not keys.get(key)]:
+        raise BuilderError(f"{dataset.info_path} is damaged: 'fingerprint_keys.{missing[0]}' is missing", RESTORE)
     if not checkpoint and not may_read(info["checkpoint"], info.get("checkpoint_voucher")):
         raise BuilderError(
             f"'{dataset.name}' was made from the checkpoint {printable(info['checkpoint'])}, which lies outside the "

@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from builder.phases import MAX_PHASES
-from builder.schemas import EMPTY, ClassEntry, Count, LineageEntry, Name, Open, Short, Table, Text
+from builder.schemas import EMPTY, ClassEntry, Code, Count, Finite, LineageEntry, Name, Open, Short, Table, Text
+
+
+class KeysEntry(Open):
+    """What decided the images of a batch job; see job.spec."""
+
+    checkpoint: Short | None = None
+    dtype: Short | None = None
+    phases: Annotated[list[Code], Field(max_length=MAX_PHASES)] | None = None
+    weights: Annotated[list[Finite], Field(max_length=MAX_PHASES)] | None = None
+    images_per_shard: Annotated[int, Field(ge=1, le=2**31)] | None = None
 
 
 class DatasetDocument(Open):
@@ -26,7 +36,7 @@ class DatasetDocument(Open):
     created: Short | None = None
     config: Table = EMPTY
     fingerprint: Short | None = None
-    fingerprint_keys: Table | None = None
+    fingerprint_keys: KeysEntry | None = None
     checkpoint: Text | None = None
     checkpoint_voucher: Short | None = None
     lineage: LineageEntry | None = None

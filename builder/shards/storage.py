@@ -317,10 +317,15 @@ class Storage:
 
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
-        if not self.exists(relative):
-            return
         if self.is_local:
-            self.fs.rm(self.path(relative), recursive=True)
+            self._require_inside(relative)
+            path = Path(self.path(relative))
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:  # of a link only itself goes
+                path.unlink(missing_ok=True)
+            return
+        if not self.exists(relative):
             return
         with suppress(FileNotFoundError), explained(self.root):
             self.fs.rm(self.path(relative), recursive=True)
