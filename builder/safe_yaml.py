@@ -20,16 +20,19 @@ MAX_DEPTH = 32
 MAX_ALIASES = 1000
 MAX_NODES = 100_000  # of the text itself, and of what it stands for once anchors are written out
 MAX_DIGITS = 40  # of a number: more are no number of ours, and reading them takes time
+MERGE = "tag:yaml.org,2002:merge"  # the key <<
 VALUES = (ScalarEvent, SequenceStartEvent, MappingStartEvent)
 NUMBER = re.compile(r"[+-]?[0-9][0-9A-Za-z_:.]*")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader that refuses a key that stands twice, merge keys and numbers without end."""
+    """yaml.SafeLoader that refuses a key that stands twice, or that is no text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 raise yaml.constructor.ConstructorError(None, None, "a key is no text", key_node.start_mark)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from builder.phases import MAX_PHASES
 from builder.schemas import EMPTY, Code, Finite, Name, Open, Short, Table, Text
+from builder.shards.schema import NUMERIC_SCORES
 
 Limit = Annotated[list[Finite | None], Field(min_length=2, max_length=2)]
 Score = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}\z")]
@@ -52,3 +53,12 @@ class ReferenceDocument(Open):
     yardstick: dict[Code, dict[Short, list[dict[Score, Finite | Text | None]]]] = EMPTY
     missing: dict[Score, Text] = EMPTY
     version: Short | None = None
+
+    @model_validator(mode="after")
+    def _scores_are_numbers(self) -> ReferenceDocument:
+        rows = [row for kinds in self.yardstick.values() for own in kinds.values() for row in own]
+        for row in rows:
+            for name in NUMERIC_SCORES:
+                if isinstance(row.get(name), str):
+                    raise ValueError(f"the score '{name}' of a yardstick is a text")
+        return self

@@ -65,6 +65,7 @@ def _locked(dataset: Dataset, kind: int) -> Iterator[None]:
     if not dataset.storage.is_local:
         yield
         return
+    dataset.storage.require_inside(f"manifests/{dataset.name}/{LOCK}")
     path = dataset.storage.path(f"manifests/{dataset.name}/{LOCK}")
     busy = LockedError(
         f"another job is writing dataset '{dataset.name}'", "wait for it, stop it, or choose another --name"

@@ -30,6 +30,7 @@ MAX_ROWS = 5_000_000  # of a manifest or an index
 MAX_BYTES = 4 << 30  # of its columns, unpacked
 MAX_COLUMNS = 10_000
 MAX_TEXT = 20_000  # characters of a text
+MAX_UNPACKED = 1 << 30  # bytes of a text column
 EXPANDED = 256 << 20  # bytes; texts that could take more are looked at packed first
 MAX_KEY = 1000  # characters
 MAX_SIDE = 1 << 16  # px
@@ -87,12 +88,25 @@ def read_parquet(
         file = opened(texts)
     table = file.read_row_groups(list(groups), chosen, use_threads=False)
     for name in texts:
-        for chunk in table[name].chunks:
-            _require_short(name, chunk.dictionary)
         place = table.schema.get_field_index(name)
         field = table.schema.field(place).with_type(pa.string())
-        table = table.set_column(place, field, table[name].cast(pa.string()))
+        table = table.set_column(place, field, _unpacked(name, table.column(place)))
     return table
+
+
+def _unpacked(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A packed text column as plain text, when that takes no more memory than a manifest may. ManifestError else."""
+    size = 0
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            lengths = pc.fill_null(pc.cast(pc.binary_length(chunk.dictionary), pa.int64()), 0).to_numpy()
+            used = chunk.indices.drop_null().to_numpy()
+            size += int(lengths[used].sum()) if len(used) else 0
+            if len(lengths) and int(lengths.max()) > MAX_TEXT:
+                raise ManifestError(f"the column '{name}' has a text of {int(lengths.max()):,} bytes")
+    if size > MAX_UNPACKED:
+        raise ManifestError(f"the column '{name}' would take {size:,} bytes")
+    return column.cast(pa.string())
 
 
 def reopened(file: pq.ParquetFile, data: bytes, texts: list[str]) -> pq.ParquetFile:
@@ -199,7 +213,12 @@ def _typed(table: pa.Table, columns: Sequence[str] | None) -> tuple[pa.Table, Pl
         if index < 0 or (found := schema.field(place).type) == SCHEMA.field(index).type:
             continue
         try:
-            table = table.set_column(place, SCHEMA.field(index), table[name].cast(SCHEMA.field(index).type))
+            column = table.column(place)
+            packed = pa.types.is_dictionary(found) and pa.types.is_string(found.value_type)
+            column = _unpacked(name, column) if packed else column
+            table = table.set_column(place, SCHEMA.field(index), column.cast(SCHEMA.field(index).type))
+        except ManifestError:
+            raise
         except (pa.ArrowException, ValueError):
             raise ManifestError(
                 f"the column '{name}' is of the type {printable(str(found), 60)}, not {SCHEMA.field(index).type}"

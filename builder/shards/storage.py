@@ -79,7 +79,7 @@ class Storage:
 
         OSError when it can't be opened; BuilderError when a symbolic link leads out of the root.
         """
-        self._require_inside(relative)
+        self.require_inside(relative)
         path = self.path(relative)
         if not self.confined:
             return open_regular(path)
@@ -93,7 +93,7 @@ class Storage:
             raise _outside(path, real)
         return open_regular(real)
 
-    def _require_inside(self, relative: str) -> None:
+    def require_inside(self, relative: str) -> None:
         """Refuse a file whose folder is reached through a symbolic link that leads out of the root."""
         if not self.confined:
             return
@@ -228,7 +228,7 @@ class Storage:
 
     def _replace(self, relative: str, fill: Callable[[BinaryIO], object]) -> None:
         """A local file, through a temporary name: what is visible is the old one or, whole and on disk, the new one."""
-        self._require_inside(relative)
+        self.require_inside(relative)
         replace_file(self.path(relative), fill)
 
     def create(self, relative: str, data: bytes) -> bool:
@@ -248,7 +248,7 @@ class Storage:
                 with suppress(FileNotFoundError):
                     return self.read(relative) == data
                 return False
-        self._require_inside(relative)
+        self.require_inside(relative)
         target = Path(self.path(relative))
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=target.parent)
@@ -318,7 +318,7 @@ class Storage:
     def remove(self, relative: str) -> None:
         """Remove a file or a folder with all in it; nothing when it is not there."""
         if self.is_local:
-            self._require_inside(relative)
+            self.require_inside(relative)
             path = Path(self.path(relative))
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
