@@ -200,7 +200,7 @@ def test_run_again_it_goes_on_where_it_was(small: Path, builder, tmp_path: Path,
     trained.clear()
     figures = json.loads((folder / "cells" / "long-full-p0-g6.json").read_text())
     refused = builder("ablate", small, *same, "--set", "train.learning_rate=0.5", "--set", "ablation.learning_rate={}")
-    assert refused.code == 2 and "another model, data, or training configuration" in refused.output
+    assert refused.code == 2 and "train.learning_rate: " in refused.output and ", 0.5 now" in refused.output
     assert json.loads((folder / "cells" / "long-full-p0-g6.json").read_text()) == figures
 
 

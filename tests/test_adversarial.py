@@ -385,7 +385,7 @@ def _changed(**settings: Any) -> VaeTrainConfig:
 
 def test_the_new_keys_at_their_defaults_leave_old_states_usable() -> None:
     """A state from before them was made with a fingerprint of the old keys."""
-    from builder.training.run import _vae_settings
+    from builder.training.identity import _vae_settings
 
     old = {
         "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "kl_weight": 1e-4, "gradient_weight": 1.0,

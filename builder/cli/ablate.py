@@ -38,9 +38,12 @@ def ablate(
     from builder.config import load_config
     from builder.demo.phantom_dataset import ensure_demo
     from builder.shards.dataset import find_dataset
+    from builder.training.identity import require_same_run
 
     config = load_config(source, overrides)
-    runs_of(config)  # refuse an impossible grid before a base is trained
+    folder = Path(target or f"checkpoints/{config.name}")
+    for each in runs_of(config):  # refuse an impossible grid, and a changed run, before a base is trained
+        require_same_run(each.config, folder / each.name)
     reference = real or config.real
     dataset = ensure_demo(reference, out) or find_dataset(reference, out)
 
@@ -51,7 +54,6 @@ def ablate(
     from builder.models.source import locate
     from builder.training.stage import TrainingInterrupted
 
-    folder = Path(target or f"checkpoints/{config.name}")
     pictures = None
     try:
         if config.ablation.pretrain:

@@ -31,8 +31,11 @@ def train(
     from builder.demo.phantom_dataset import ensure_demo
     from builder.models.guards import before_training, leak_of_training
     from builder.shards.dataset import find_dataset
+    from builder.training.identity import require_same_run
 
     config = load_config(source or "demo", overrides)
+    folder = Path(target or f"checkpoints/{config.name}")
+    require_same_run(config, folder)  # before a phantom is rendered, or weights are fetched
     reference = real or config.real
     dataset = ensure_demo(reference, out) or find_dataset(reference, out)
     warn(before_training(config, dataset), silenced)
@@ -49,7 +52,7 @@ def train(
     from builder.training.stage import TrainingInterrupted
 
     try:
-        final = run(config, dataset, Path(target or f"checkpoints/{config.name}"))
+        final = run(config, dataset, folder)
     except TrainingInterrupted as stop:
         click.echo(stop, err=True)
         sys.exit(130)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from builder.config import Config, VaeTrainConfig, fingerprint
+from builder.config import Config
 from builder.models.building import Pipeline
 from builder.models.checkpoint import Checkpoint
 from builder.models.families import with_parts
@@ -23,6 +23,7 @@ from builder.training.checkpoints import Checkpoints, sweep_run
 from builder.training.data import TrainingCrops, load_crops, size_quantiles
 from builder.training.diffusion import Autocasting, DiffusionObjective, Prompts, precision_on
 from builder.training.evaluate import Evaluation
+from builder.training.identity import data_of, decoder_identity, require_same_run, unet_identity, vae_identity
 from builder.training.log import Log
 from builder.training.perceptual import perceptual_loss
 from builder.training.preview import write_curve, write_reconstructions
@@ -35,14 +36,6 @@ from builder.training.views import AugmentedCrops, DrawnAhead, Views, WholeCrops
 
 BUSY = ("another process is training into this folder", "wait for it, stop it, or choose another --to")
 SHOWN = 12  # crops in the picture of reconstructions
-FREE_KEYS = (  # of train: no state depends on them
-    "steps", "checkpoint_every", "keep_checkpoints", "threads", "vae", "micro_batch", "gradient_checkpointing",
-    "ema_device", "evaluate_every", "evaluate_images", "monitor", "monitor_mode", "patience", "perceptual_file",
-)  # fmt: skip
-ADVERSARIAL_KEYS = (  # of train.vae: the reconstruction does not depend on them
-    "adversarial_steps", "adversarial_batch_size", "adversarial_learning_rate", "adversarial_weight",
-    "critic_learning_rate", "grain_channels",
-)  # fmt: skip
 DECODER_WARMUP = 100  # steps of the adversarial stage; of a short one a tenth
 
 
@@ -63,6 +56,8 @@ def train(
     stage.TrainingInterrupted after SIGINT or SIGTERM, once the state is saved.
     """
     config.classes.require_same(dataset.classes, "the config", f"dataset '{dataset.name}'")
+    if resume:
+        require_same_run(config, out, data_of(dataset))
     torch.set_num_threads(config.train.threads)
     processes = Processes(device)
     with held_file(out / LOCK, *BUSY) if processes.first else nullcontext():
@@ -114,50 +109,6 @@ def _train_vae_and_encode(
     return WholeCrops(pipeline.vae, whole, flips=settings.flips, device=processes.device)
 
 
-def _vae_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What a resume state of the autoencoder must agree with; its number of steps may still grow."""
-    plain = config.to_json()
-    return {
-        "seed": config.seed,
-        "model": {key: plain["model"][key] for key in ("family", "architecture")},
-        "size": config.train.size,
-        "data": [dataset.info.get("fingerprint"), dataset.info.get("count")],
-        "vae": {
-            key: value for key, value in _vae_settings(config).items() if key != "steps" and key not in ADVERSARIAL_KEYS
-        },
-    }
-
-
-def _vae_settings(config: Config) -> dict[str, Any]:
-    """`train.vae` without those of the newer keys that are at their defaults: states from before them go on."""
-    settings = config.to_json()["train"]["vae"]
-    newer = {"perceptual_weight", *ADVERSARIAL_KEYS}
-    if not settings["adversarial_steps"]:
-        settings = {key: value for key, value in settings.items() if key not in ADVERSARIAL_KEYS}
-    defaults = vars(VaeTrainConfig())
-    return {key: value for key, value in settings.items() if key not in newer or value != defaults[key]}
-
-
-def _adversarial_identity(config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What a resume state of the adversarial stage must agree with: it starts from one finished autoencoder."""
-    settings = {key: value for key, value in _vae_settings(config).items() if key != "adversarial_steps"}
-    return {**_vae_identity(config, dataset), "vae": settings}
-
-
-def _unet_identity(config: Config, dataset: Dataset, begin: Start) -> dict[str, Any]:
-    """What a resume state of the denoiser must agree with: its latents are those of one finished autoencoder."""
-    plain = config.to_json()
-    return {
-        **_vae_identity(config, dataset),
-        "vae": _vae_settings(config),
-        "train": {key: value for key, value in plain["train"].items() if key not in FREE_KEYS},
-        "base": begin.named.get("sha256"),
-        "method": [plain["model"]["method"], plain["model"]["lora"] if config.model.method == "lora" else None],
-        "classes": plain["classes"],
-        "negative_prompt": config.sample.negative_prompt,
-    }
-
-
 def _train_vae(
     pipeline: Pipeline, config: Config, dataset: Dataset, crops: TrainingCrops, out: Path, log: Log,
     processes: Processes,
@@ -169,7 +120,7 @@ def _train_vae(
         "vae", objective, steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps, weight_decay=0.0, grad_norm=1.0, ema_decay=settings.ema_decay,
     )  # fmt: skip
-    states = States(out / "state", fingerprint(_vae_identity(config, dataset)))
+    states = States(out / "state", vae_identity(config, data_of(dataset)))
     states.restore(stage, device)
     processes.wait()
     run_stage(stage, states, log, every=config.train.checkpoint_every, writes=processes.first)
@@ -179,7 +130,7 @@ def _train_vae(
     scale = scaling_factor(*encode(pipeline.vae, crops.pixels[:: max(1, len(crops) // 1024)], device))
     pipeline.vae.register_to_config(scaling_factor=scale)
     if settings.adversarial_steps:
-        train_decoder(pipeline.vae, config, _adversarial_identity(config, dataset), crops, out, log, processes)
+        train_decoder(pipeline.vae, config, decoder_identity(config, data_of(dataset)), crops, out, log, processes)
     if processes.first:
         write_reconstructions(pipeline, crops.pixels[:: -(-len(crops) // SHOWN)], out / "reconstructions.png", device)
 
@@ -200,7 +151,7 @@ def train_decoder(
         learning_rate=settings.adversarial_learning_rate, warmup_steps=min(DECODER_WARMUP, steps // 10),
         weight_decay=0.0, grad_norm=GRAD_NORM, ema_decay=settings.ema_decay, betas=BETAS, fused=device.type == "cuda",
     )  # fmt: skip
-    states = States(out / "state", fingerprint(identity))
+    states = States(out / "state", identity)
     states.restore(stage, device)
     processes.wait()
     run_stage(stage, states, log, every=config.train.checkpoint_every, writes=processes.first)
@@ -242,7 +193,7 @@ def _train_unet(
         ema_decay=settings.ema_decay, ema_on_cpu=settings.ema_device == "cpu", optimizer=settings.optimizer,
         precision=precision, micro_batch=settings.micro_batch, processes=processes,
     )  # fmt: skip
-    states = States(out / "state", fingerprint(_unet_identity(config, dataset, begin)))
+    states = States(out / "state", unet_identity(config, data_of(dataset), begin.named.get("sha256")))
     states.restore(stage, device)
     description = _description(begin, config, dataset, views.patients, sizes, out)
     checkpoints = Checkpoints(

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
+from builder.config import fingerprint
 from builder.errors import BuilderError
 from builder.files import TEMPORARY, fsync_folder, full_disk_as_oserror
+from builder.training.identity import Identity, changed_keys, record_identity, recorded_identity, refusal
 
 KEPT_STATES = 2
 DIGEST = 32  # hex digits of the SHA-256 in a name
@@ -34,14 +36,15 @@ class Resumable(Protocol):
 
 
 class States:
-    """The states in a folder that belong to one configuration, told by its fingerprint."""
+    """The states in a folder that belong to one configuration; `identity` is what they must agree with."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.folder, self.identity, self.fingerprint = folder, identity, fingerprint(identity)
 
     def save(self, stage: str, step: int, state: dict[str, Any]) -> None:
         """Write a state, then remove the oldest beyond two; OSError on a full disk, which leaves nothing partial."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        record_identity(self.folder, stage, self.identity)
         for left in self.folder.glob(f"{TEMPORARY}*"):  # of a killed process; the run is locked
             left.unlink(missing_ok=True)
         part = self.folder / f"{TEMPORARY}{stage}-{step:08d}"
@@ -78,6 +81,9 @@ class States:
                 )
                 continue
             if state.get("fingerprint") != self.fingerprint:
+                changed = changed_keys(recorded_identity(self.folder, stage.name) or self.identity, self.identity)
+                if changed:
+                    raise refusal(self.folder, changed)
                 raise BuilderError(
                     f"{file} was made with another model, data, or training configuration",
                     "train into another folder, or remove this one to start anew",
