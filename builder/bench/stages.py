@@ -105,7 +105,7 @@ def _watched(worker: job.Worker, clock: Clock) -> Iterator[None]:
         ("encode", job, "encode_png"),
         ("write", job, "write_shard"),
     ]
-    steps += [(f"{PART}{type(scorer).__name__}", scorer, "score") for scorer in worker.scorer._scorers]
+    steps += [(f"{PART}{type(scorer).__name__}", scorer, "score") for scorer in worker.scorer.scores]
     before = [(owner, name, vars(owner).get(name)) for _, owner, name in steps]
     for stage, owner, name in steps:
         setattr(owner, name, clock.timed(stage, getattr(owner, name)))

@@ -24,13 +24,13 @@ from builder.job.spec import JobSpec
 from builder.models.checkpoint import read_checkpoint
 from builder.phases import ClassTable
 from builder.quality.features.cache import save_features
+from builder.quality.image_scores import stamps_of
 from builder.quality.reference import load_reference
 from builder.quality.scorer import Scorer
 from builder.sampling.device import dtype_name
 from builder.sampling.sampler import HIGHER_PRECISION, Request, Sampler, load_sampler
 from builder.sampling.seeds import MAX_RESERVE, seed_of
 from builder.shards.dataset import Dataset, find_dataset
-from builder.shards.schema import STAMP
 from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 
@@ -131,7 +131,7 @@ class Worker:
         """Write the shard of a unit whose batches are finished: they were submitted before this."""
         parts = [future.result() for future in pending]
         samples = [sample for part, _ in parts for sample in part]
-        place = {"start": str(unit.start), "stop": str(unit.stop), STAMP: self.reference.version}
+        place = {"start": str(unit.start), "stop": str(unit.stop), **stamps_of(self.reference)}
         if not write_shard(self.dataset.storage, self.dataset.name, unit.number, samples, place, shared=True):
             return replaced  # a peer's shard is there, maybe with other pixels: these features are not of it
         hashes = [sample.row["sha256"] for sample in samples]

@@ -14,11 +14,12 @@ from builder.quality.copies import UNCALIBRATED, calibrate
 from builder.quality.feature_scores import phase_scores
 from builder.quality.features import load_extractor
 from builder.quality.gates import Gates, make_gates
+from builder.quality.image_scores import RANKED, SCORES
 from builder.quality.lpips import load_alexnet, why_missing
 from builder.quality.panel import Rows, panel_sha256, patient_of, rows_by_phase, spread
 from builder.quality.probe import fit_probe
 from builder.quality.reference import Reference
-from builder.quality.scorer import RANKED, Scorer
+from builder.quality.scorer import Scorer
 from builder.quality.spoil import blurred, flat, noisy
 from builder.quality.statistics import image_statistics
 from builder.quality.training_crops import TrainingCrops, panel_rows
@@ -99,6 +100,7 @@ def _protocol(crops: TrainingCrops, config: ScoreConfig) -> tuple[Reference, Sco
         image_size=crops.image_size,
         probe=None if isinstance(fitted, str) else fitted[0].to_json(),
         missing=missing,
+        code_versions={kind.name: kind.code_version for kind in SCORES if kind.code_version > 1},
     )
     panels = {code: panel_rows(crops.rows[code], reference, code, reserves=False) for code in crops.codes}
     keys = {code: [row["key"] for row in own] for code, own in panels.items()}

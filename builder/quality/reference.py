@@ -40,7 +40,8 @@ class Reference:
     `real`: phase -> score -> its sorted values on training crops, each scored as if its own patient were not there.
     `yardstick`: phase -> kind of image (see KINDS) -> one row of scores an image.
     `missing`: score -> why it was not computed. `image_size`: px that real crops are brought to, as the images that are
-    scored have it; None: those are of several sizes.
+    scored have it; None: those are of several sizes. `code_versions`: score -> the version of its definition, for those
+    that were defined anew since their first one.
     """
 
     against: str
@@ -61,6 +62,7 @@ class Reference:
     real: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     yardstick: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    code_versions: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def version(self) -> str:
@@ -69,7 +71,8 @@ class Reference:
             "score_version", "ssim_size", "ssim_stride", "features", "lpips", "panel_sha256", "training_sha256",
             "image_size",
         )  # fmt: skip
-        return fingerprint({name: getattr(self, name) for name in names})
+        anew = {"code_versions": self.code_versions} if self.code_versions else {}
+        return fingerprint({**{name: getattr(self, name) for name in names}, **anew})
 
     def protocol(self) -> dict[str, Any]:
         """What dataset.json records under `scores`."""
@@ -88,7 +91,10 @@ class Reference:
         }
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "version": self.version}
+        data = {**asdict(self), "version": self.version}
+        if not self.code_versions:  # younger than some references
+            del data["code_versions"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Reference:

@@ -52,6 +52,7 @@ class ReferenceDocument(Open):
     real: dict[Code, dict[Score, list[Finite]]] = EMPTY
     yardstick: dict[Code, dict[Short, list[dict[Score, Finite | Text | None]]]] = EMPTY
     missing: dict[Score, Text] = EMPTY
+    code_versions: dict[Score, Annotated[int, Field(ge=1)]] = EMPTY
     version: Short | None = None
 
     @model_validator(mode="after")

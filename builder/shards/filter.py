@@ -15,7 +15,7 @@ from builder.errors import BuilderError
 from builder.shards.criteria import Criteria, Facts, Judgement, judge_facts
 from builder.shards.dataset import REJECTS, Dataset
 from builder.shards.lock import exclusive
-from builder.shards.schema import STAMP
+from builder.shards.schema import SCORE_VERSIONS, STAMP
 from builder.shards.whole import all_or_nothing
 from builder.shards.writer import (
     IMAGES_PER_SHARD,
@@ -99,8 +99,8 @@ def _write(
         _write_view(judged, target)
     else:
         per_shard = info.get("config", {}).get("shards", {}).get("images_per_shard", IMAGES_PER_SHARD)
-        stamp = dataset.shard_metadata(dataset.shard_numbers()[0]).get(STAMP)
-        metadata = {STAMP: stamp} if stamp else {}
+        of_source = dataset.shard_metadata(dataset.shard_numbers()[0])
+        metadata = {name: of_source[name] for name in (STAMP, SCORE_VERSIONS) if name in of_source}
         write_shards(target.storage, target.name, _samples(judged, dataset), per_shard, metadata)
     if write_beside is not None:
         write_beside()

@@ -121,6 +121,7 @@ SCORES = [
 # Numbers in each list. Not in the types: before pyarrow 26, missing lists of a fixed size are unreadable.
 LIST_LENGTHS = {"guidance_interval": 2, "box": 4, "original_size": 2}
 STAMP = "scores"  # in a manifest's schema metadata: the version of its scores
+SCORE_VERSIONS = "score_versions"  # there, too: JSON, score -> its own version; see quality.image_scores
 SCORE_NAMES = tuple(field.name for field in SCORES)
 NUMERIC_SCORES = tuple(field.name for field in SCORES if field.type == pa.float32())
 SCHEMA = pa.schema(IDENTITY + SYNTHETIC + REAL + SCORES)
