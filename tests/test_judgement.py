@@ -68,7 +68,13 @@ def test_an_empty_phase_is_said_with_the_reason_and_a_remedy() -> None:
     (warning,) = kept({"I": 20, "P": 20, "R": 20}, {"I": 5, "P": 9})
     assert "WARNING: no image of phase R is kept" in warning
     assert "20 of 20 were turned away by 'ssim < 0.7'" in warning
-    assert "--min-ssim-real-pct" in warning and "--weights R=2" in warning
+    assert "--min-ssim-real-pct" in warning and "--weights I=1,P=1,R=2" in warning
+
+
+def test_what_a_condition_turned_away_is_said_of_the_condition() -> None:
+    judgement = judge(crops(I=[0.8] * 9, P=[0.8] * 9, R=[0.8] * 9), Criteria(where="phase <> 'R'"))
+    (warning,) = lopsided(judgement, Source())  # type: ignore[arg-type]
+    assert "9 of 9 were turned away by 'not phase <> 'R''" in warning and "loosen --where" in warning
 
 
 def test_a_phase_under_a_tenth_of_another_is_said() -> None:

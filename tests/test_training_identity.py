@@ -92,6 +92,21 @@ def test_what_is_not_known_yet_is_not_held_against_a_run(tmp_path: Path) -> None
     require_same_run(config, tmp_path / "new")
 
 
+def test_a_run_of_an_older_version_is_told_by_its_last_checkpoint(tmp_path: Path) -> None:
+    config = load_config("demo")
+    out = begun(tmp_path, config, "unet")
+    settings_path(out / "state", "unet").unlink()
+    for step, overrides in ((100, ["train.batch_size=3"]), (200, [])):
+        folder = out / f"step-{step:06d}"
+        folder.mkdir()
+        recorded = {"config": load_config("demo", overrides).to_json()}
+        (folder / "checkpoint.json").write_text(json.dumps(recorded))
+    require_same_run(config, out, DATA)
+    assert "train.batch_size: 64 there, 5 now" in refused(load_config("demo", ["train.batch_size=5"]), out)
+    (folder / "checkpoint.json").write_text('{"config": {"train": 3}}')  # says nothing
+    require_same_run(load_config("demo", ["train.batch_size=5"]), out, DATA)
+
+
 class Stage:
     name, step = "unet", 0
 

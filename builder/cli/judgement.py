@@ -157,20 +157,24 @@ def lopsided(judgement: Judgement, source: Dataset) -> list[str]:
             continue
         what = f"no image of phase {code} is kept" if not kept[code] else f"only {kept[code]:,} images of phase {code} "
         what += "" if not kept[code] else f"are kept, less than a tenth of {largest}'s {most:,}"
-        warnings.append(f"WARNING: {what}; {_remedy(judgement, code, made)}")
+        weights = ",".join(f"{each}={2 if each == code else 1}" for each in source.classes.codes)
+        more = f"make more of it (`builder shards --weights {weights} --accepted`)"
+        warnings.append(f"WARNING: {what}; {_remedy(judgement, code, made, more)}")
     return warnings
 
 
-def _remedy(judgement: Judgement, code: str, made: int) -> str:
+def _remedy(judgement: Judgement, code: str, made: int, more: str) -> str:
+    """What turned most of a phase away, and what to do; `more`: how to make more of it."""
     from builder.shards.schema import SCORE_NAMES
 
-    more = f"make more of it (`builder shards --weights {code}=2,... --accepted`)"
     own = {reason: times for (phase, reason), times in judgement.reason_counts().items() if phase == code}
     if not own:
         return f"there are no more of it: {more}, or keep as many of each phase with --balance"
     reason, times = max(own.items(), key=lambda item: item[1])
     score = reason.split(" ")[0]
     said = f"{times:,} of {made:,} were turned away by '{reason}'"
+    if score == "not":  # --where
+        return f"{said}: loosen --where, or {more}"
     if score.endswith("_real_pct"):
         return f"{said}: lower that threshold, or {more}"
     if f"{score}_real_pct" in SCORE_NAMES and (" < " in reason or " > " in reason):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.config import Config, VaeTrainConfig
+from builder.config import Config, VaeTrainConfig, config_from_json
 from builder.errors import BuilderError
 from builder.shards.dataset import Dataset
 from builder.shards.storage import Storage
@@ -128,12 +128,22 @@ def require_same_run(config: Config, out: Path, data: list[Any] | None = None) -
     """
     states = out / "state"
     for stage, identity_of in STAGES.items():
-        recorded = recorded_identity(states, stage)
+        recorded = recorded_identity(states, stage) or (_of_last_checkpoint(out) if stage == "unet" else None)
         if recorded is None or not any(states.glob(f"{stage}-*.pt")):
             continue
         changed = changed_keys(recorded, identity_of(config, data))
         if changed:
             raise refusal(states, changed)
+
+
+def _of_last_checkpoint(run: Path) -> Identity | None:
+    """As far as the config in its checkpoint.json tells: of runs that an older version began."""
+    for file in sorted(run.glob("step-*/checkpoint.json"), reverse=True)[:1]:
+        try:
+            return unet_identity(config_from_json(json.loads(file.read_bytes())["config"]), UNKNOWN, UNKNOWN)
+        except (OSError, ValueError, KeyError, TypeError, BuilderError):
+            return None
+    return None
 
 
 def refusal(states: Path, changed: list[str]) -> BuilderError:
