@@ -449,13 +449,13 @@ def test_keep_hard_prints_the_share_reached(builder, gated: Dataset) -> None:
 def test_the_yardstick_says_what_known_images_would_score(builder, gated: Dataset) -> None:
     output = builder("filter", "clinic", "--min-ssim", "0.7", "--no-gates", "--dry-run").output
     lines = {kind: next(line for line in output.splitlines() if words in line) for kind, words in KINDS.items()}
-    assert lines["real"].split()[-3:] == ["60.0%", "60.0%", "15"]
-    assert lines["flat"].split()[-3:] == ["100.0%", "100.0%", "15"]
+    assert lines["real"].split()[-9:] == ["60.0%", "60.0%", "15", "I", "60%,", "P", "60%,", "R", "60%"]
+    assert lines["flat"].split()[-9:-6] == ["100.0%", "100.0%", "15"]
     warning = next(line for line in output.splitlines() if line.startswith("WARNING"))
     assert "flat images (mean colour) (100%)" in warning
     output = builder("filter", "clinic", "--min-ssim", "0.7", "--max-noise", "9", "--dry-run").output
     flat = next(line for line in output.splitlines() if KINDS["flat"] in line)
-    assert flat.split()[-3:] == ["100.0%", "0.0%", "15"]
+    assert flat.split()[-9:-6] == ["100.0%", "0.0%", "15"]
     assert "flat" not in next((line for line in output.splitlines() if line.startswith("WARNING")), "")
     assert "the score 'noise' of 'clinic' was not computed" in output
 
