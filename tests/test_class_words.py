@@ -8,7 +8,7 @@ from builder.config import Config, load_config
 from builder.errors import BuilderError
 from builder.models.building import clip_tokenizer
 from builder.phases import HEALING_PHASES, ClassTable, Phase
-from builder.sampling.class_words import require_class_words
+from builder.sampling.class_words import require_class_words, require_class_words_before_job
 
 LONG = "a very detailed clinical photograph of a foot, in the middle of the picture, " * 8
 COLOURS = {"I": "red", "P": "pink", "R": "pale"}
@@ -71,5 +71,9 @@ def test_training_and_sampling_refuse_it(tiny_checkpoint):
     config = load_config("demo", ["train.size=16", "sample.size=16"])
     with pytest.raises(BuilderError, match="cuts off the class word"):
         start(cut_off(config))
+    checkpoint = resolve(str(tiny_checkpoint)).path
+    require_class_words_before_job(checkpoint, config.classes)
+    with pytest.raises(BuilderError, match="cuts off the class word"):
+        require_class_words_before_job(checkpoint, cut_off(config).classes)
     with pytest.raises(BuilderError, match="cuts off the class word"):
         load_sampler(resolve(str(tiny_checkpoint)), cut_off(config))

@@ -98,6 +98,7 @@ def shards(
     from builder.job.until_accepted import MAX_FACTOR, accepted_dataset, require_decidable, run_until_accepted
     from builder.models.checkpoint import resolve
     from builder.models.guards import before_job, leak_of_job
+    from builder.sampling.class_words import require_class_words_before_job
     from builder.shards.compact import keep_in_step
     from builder.shards.dataset import Dataset
     from builder.shards.storage import Storage
@@ -117,6 +118,7 @@ def shards(
         config, leak_of_job(found, against), allow_leak, "draw from a checkpoint that saw its training split only"
     )
     warn(before_job(config, found, against), silenced)
+    require_class_words_before_job(found.path, config.classes)
     spec = JobSpec.of(config, plan, found, name=dataset.name, out=out, real=real or config.real)
     log = log_to_file(spec)
     how: dict[str, Any] = {

@@ -6,7 +6,7 @@ A wrong weight file is an error, never ignored.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,20 @@ def _load_folder(folder: Path) -> Pipeline:
     family = family_of(str(index.get("_class_name")))
     parts: dict[str, Any] = {name: _weights(folder / name, *where) for name, where in family.weights.items()}
     attach(parts["vae"], load_grain(folder / "vae"))
-    for name in family.tokenizers:
-        with _explained(folder / name):
-            parts[name] = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+    parts |= load_tokenizers(folder, family.tokenizers)
     with _explained(folder / "scheduler"):
         parts["scheduler"] = _scheduler(folder / "scheduler")
     _require_fitting(family, parts, folder)
     return family.assemble(parts, index)
+
+
+def load_tokenizers(folder: Path, names: Sequence[str]) -> dict[str, CLIPTokenizer]:
+    """The tokenizers of a checkpoint's folder, by name; BuilderError for one that is missing or damaged."""
+    found: dict[str, CLIPTokenizer] = {}
+    for name in names:
+        with _explained(folder / name):
+            found[name] = CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
+    return found
 
 
 def _require_fitting(family: Family, parts: dict[str, Any], folder: Path) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from builder.errors import BuilderError
 from builder.phases import ClassTable, Phase
+
+SURELY_READ = 75  # of CLIP's 77 tokens; the others are the start and the end
 
 
 def require_class_words(tokenizers: Sequence[Any], classes: ClassTable) -> None:
@@ -36,6 +39,21 @@ def require_class_words(tokenizers: Sequence[Any], classes: ClassTable) -> None:
         f"the tokenizer reads {limit} tokens of a prompt and cuts off the class word of {listed}",
         "put the class word first in the prompts of `classes:` in the config, or shorten them",
     )
+
+
+def require_class_words_before_job(folder: Path, classes: ClassTable) -> None:
+    """As `require_class_words`, with the tokenizers in a checkpoint's folder, before any worker starts.
+
+    Prompts of 75 bytes or fewer are never cut, since a token is a byte or more: then nothing is loaded. An adapter and
+    a single file have no tokenizers of their own; their prompts are checked when a worker loads them.
+    """
+    if all(len(phase.prompt.encode()) <= SURELY_READ for phase in classes):
+        return
+    names = [place.name for place in sorted(folder.glob("tokenizer*"))] if folder.is_dir() else []
+    if names:
+        from builder.models.load import load_tokenizers
+
+        require_class_words(list(load_tokenizers(folder, names).values()), classes)
 
 
 def _keeps(tokenizer: Any, phase: Phase, classes: ClassTable) -> bool:
