@@ -59,7 +59,9 @@ KEY = PatientKey(b"the secret of one site", "test")
           "sub-07", "Pat. Nr. 7", "\U0001d7d5", "\u24fb", "P\u00a0007", "\uff30\uff10\uff10\uff17"), "7"),
         (("DFU-7", "dfu 007", "DFU_7", "Dfu7", "DFU\u00ad-7", "patient DFU 7", "DFU/7.0"), "dfu-7"),
         (("1000", "1,000", "1000.0", "1,000.0", "01000"), "1000"),
-        (("Anna M\u00fcller", "M\u00fcller, Anna", "MU\u0308LLER ANNA", "anna  muller", "Muller_Anna"), "anna-muller"),
+        (("Anna M\u00fcller", "M\u00fcller, Anna", "MU\u0308LLER ANNA", "anna  muller", "Muller_Anna",
+          "Patient: Anna Mueller"), "anna-muller"),
+        (("Patient A", "A", "a.", "ID a"), "a"), (("P", "p.", " P "), "p"),
         (("7-1", "007/01", "7 1", "7_1"), "7-1"),
         (("3F2504E0-4F89-11D3-9A0C-0305E82C3301", "{3f2504e0-4f89-11d3-9a0c-0305e82c3301}",
           "3f2504e04f8911d39a0c0305e82c3301"), "3f2504e04f8911d39a0c0305e82c3301"),
@@ -128,7 +130,7 @@ def spelled(prefix: str, number: int, chance: random.Random) -> str:
 
 def test_forms_tell_how_an_id_is_built() -> None:
     forms = {
-        "7": "0", "7-1": "0-0", "DFU 7": "dfu-0", "DFU B 7": "dfu-b-0", "Anna": "words", "Anna M": "words",
+        "7": "0", "7-1": "0-0", "DFU 7": "dfu-0", "DFU B 7": "dfu-b-0", "Anna": "letters", "A M": "name", "Meier": "name",
         "7a": "letters and digits", "a7b8": "letters and digits", "0123456789abcdef": "code of 16",
     }  # fmt: skip
     assert {text: form_of(normalise(text)) for text in forms} == forms
@@ -276,8 +278,12 @@ def lineage(*ids: str, source: str = COLUMN, said_by: str = "", key: PatientKey 
     ("seen", "held", "why"),
     [
         (lineage("7"), lineage("8"), None),
-        (lineage("7", "DFU 8"), lineage("9"), None),
+        (lineage("7", "DFU 8"), lineage("9", "dfu_5"), None),
+        (lineage("7", "DFU 8"), lineage("9"), "written in other ways"),
         (lineage("7"), lineage("DFU 8"), "written in other ways"),
+        (lineage("AB"), lineage("AC"), None),
+        (lineage("Anna Meier", "Bert Huber"), lineage("Huber, Bert", "ANNA MEIER"), None),
+        (lineage("Anna Meier"), lineage("A. Meier"), "or as names"),
         (lineage("7"), lineage("9", "DFU 8"), "written in other ways"),
         (lineage("7"), lineage("8", source=INDEX, said_by="patient"), "patient column, the other from the members of"),
         (lineage("7", source=INDEX, said_by="group"), lineage("8", source=INDEX, said_by="patient"), "other ways"),

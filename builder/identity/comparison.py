@@ -34,9 +34,10 @@ def incomparable(seen: Mapping[str, Any], name: str, held: Mapping[str, Any], re
         held: lineage of the real dataset that holds patients out; `real`: as the answer calls it.
 
     Hashes can be compared when they were made with one key, of patients from one source (column, pattern, photograph,
-    index), and when every form of id on the held-out side occurs on the other side too: `DFU-7` here and `7` there may
-    be one person. A lineage that does not record its source (of an earlier version) can't be compared. The phantom's
-    patients are numbered by one program: their key is enough.
+    index), and when the ids of both sides are of the same forms: `DFU-7` here and `7` there may be one person, and so
+    may `1.001` and `1001`. Ids that are names have no one spelling, so both sides must have the same names. A lineage
+    that does not record its source (of an earlier version) can't be compared. The phantom's patients are numbered by
+    one program: their key is enough.
     """
     keys = [seen.get("key_fingerprint"), held.get("key_fingerprint")]
     whose = f"the patients of {name} and {real} cannot be compared"
@@ -55,8 +56,10 @@ def incomparable(seen: Mapping[str, Any], name: str, held: Mapping[str, Any], re
         origins = [_in_words(str(source)) for source in sources]
         return f"{whose}: one side comes from {origins[0]}, the other from {origins[1]}; {_PACK_ALIKE}"
     forms = [set(lineage.get("patient_forms") or ()) for lineage in (seen, held)]
-    if not forms[1] or not forms[1] <= forms[0]:
-        why = _OTHER_FORMS.get(str(sources[0]), "ids that are written in other ways, as with and without a prefix")
+    if not forms[1] or forms[0] != forms[1]:
+        why = _OTHER_FORMS.get(
+            str(sources[0]), "ids that are written in other ways (with and without a prefix, or as names)"
+        )
         return f"{whose}: they come from {why}; {_PACK_ALIKE}"
     return None
 

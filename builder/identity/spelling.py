@@ -7,8 +7,9 @@ The rule, in order:
 2. A comma between groups of three digits goes (`1,000`), and so do decimals that are all zero (`7.0`, `7,0`).
 3. What is left are runs of letters and runs of digits; all between them (spaces, dashes, dots, underscores, quotes)
    only parts them. Runs of digits lose their leading zeros.
-4. Words that only say "patient" or "number" (`P`, `Pat.`, `Patient`, `Subject`, `ID`, `No`) go where a number remains.
-5. Of an id without digits (a name) the order of the words does not count.
+4. Words that only say "patient" or "number" (`P`, `Pat.`, `Patient`, `Subject`, `ID`, `No`) go where anything remains.
+5. Of an id without digits (a name) the order of the words does not count, and in words of five letters or more `ae`,
+   `oe` and `ue` are `a`, `o` and `u`, which umlauts become by rule 1.
 
 So `007`, `7`, `7.0`, `P-007`, `patient 7` and `sub_07` are one patient; `7-1` and `71` are two, and so are `A7` and
 `B7`. The rule rather takes two patients for one (they then share a split) than one for two (who would leak).
@@ -29,6 +30,9 @@ MISSING = frozenset(("nan", "null", "none", "n-a", "a-n", "unknown", "nat"))  # 
 _LONG_CODE = 16  # hex digits; a code so long is a UUID or a hash, and its leading zeros count
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _NO_DECIMALS = re.compile(r"(?<![\d.,])(\d+)(?:\.0+|,00?)(?![\d.,])")
+_LONG_WORD = 5  # letters; shorter ones may be codes
+_UMLAUT = re.compile("([aou])e+")
+_PLAIN_LETTERS = str.maketrans({"ı": "i", "ø": "o", "œ": "oe", "æ": "ae", "ł": "l", "đ": "d", "ð": "d"})
 _RUNS = re.compile(r"\d+|[^\W\d_]+")
 
 
@@ -50,16 +54,16 @@ def normalise(text: str) -> str:
     plain = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), plain)
     plain = _NO_DECIMALS.sub(r"\1", plain)
     runs = [run.lstrip("0") or "0" if run.isdecimal() else run for run in _RUNS.findall(plain)]
-    if any(run.isdecimal() for run in runs):
-        runs = [run for run in runs if run not in NUMBER_WORDS]
-    else:
-        runs.sort()
+    runs = [run for run in runs if run not in NUMBER_WORDS] or runs
+    if not any(run.isdecimal() for run in runs):
+        runs = sorted(_UMLAUT.sub(r"\1", run) if len(run) >= _LONG_WORD else run for run in runs)
     spelling = "-".join(runs)
     return "" if spelling in MISSING else spelling
 
 
 def form_of(spelling: str) -> str:
-    """How an id is built, without its number: 'dfu-7' is of the form 'dfu-0', '7' of '0', a name of 'words'.
+    """How an id is built, without its number: 'dfu-7' is of the form 'dfu-0', '7' of '0'; of ids without digits, a short code is of 'letters', and a
+    longer word or several words are a 'name'.
 
     Ids of different forms may be one patient written in two ways (`DFU-7` here, `7` there), which no comparison of
     hashes would find. Letters that a number follows are a prefix and count literally.
@@ -69,7 +73,7 @@ def form_of(spelling: str) -> str:
     if _is_long_code(spelling):
         return f"code of {len(spelling)}"
     if len(letters) == len(runs):
-        return "words"
+        return "name" if len(runs) > 1 or len(spelling) >= _LONG_WORD else "letters"
     if len(letters) <= 2 and all(run.isdecimal() for run in runs[len(letters) :]):
         return "-".join("0" if run.isdecimal() else run for run in runs)
     return "letters and digits"
@@ -89,4 +93,4 @@ def _plain(text: str) -> str:
             continue
         digit = unicodedata.digit(letter, None) if kind[0] == "N" else None
         kept.append(letter if digit is None else str(digit))
-    return unicodedata.normalize("NFC", "".join(kept)).replace("\u0131", "i")  # the Turkish dotless i
+    return unicodedata.normalize("NFC", "".join(kept).translate(_PLAIN_LETTERS))

@@ -11,7 +11,7 @@ from typing import Any
 from builder.errors import BuilderError
 from builder.identity.comparison import MIXED
 from builder.identity.key import PatientKey
-from builder.identity.spelling import normalise
+from builder.identity.spelling import form_of, normalise
 
 COLUMN, PATTERN, PHOTOGRAPH, INDEX = "column", "pattern", "photograph", "index"
 
@@ -73,8 +73,8 @@ def lineage_of(key: PatientKey, patients: Collection[Patient]) -> dict[str, Any]
     """The lineage of a real dataset, as dataset.json has it, of all its patients (a crop's own is in its row).
 
     `patient_source` says what stands for the patients, `patient_forms` (keyed hashes, 16 hex digits) how their ids are
-    built: the forms of the ids, each together with what it was said by (the pattern), and of photographs the collection
-    of their names.
+    built: the forms of the ids, each together with what it was said by (the pattern), and of photographs, and of ids
+    that are names, the whole collection of them.
     """
     sources = sorted({patient.source for patient in patients})
     return {
@@ -87,12 +87,18 @@ def lineage_of(key: PatientKey, patients: Collection[Patient]) -> dict[str, Any]
 
 
 def _forms(key: PatientKey, patients: Iterable[Patient]) -> set[str]:
-    forms, photographs = set(), []
+    forms: set[str] = set()
+    photographs, names = [], []
     for patient in patients:
         if patient.source == PHOTOGRAPH:
             photographs.append(patient.text)
+        elif form_of(patient.spelling) == "name":
+            names.append(patient.hash(key))
         elif patient.said_by:
             forms.add(key.seal([patient.said_by, key.form(patient.text)]))
         else:
             forms.add(key.form(patient.text))
-    return forms | ({key.seal(sorted(key.photograph(name) for name in photographs))} if photographs else set())
+    for whole in (sorted(key.photograph(name) for name in photographs), sorted(names)):
+        if whole:
+            forms.add(key.seal(whole))
+    return forms
