@@ -130,7 +130,8 @@ def spelled(prefix: str, number: int, chance: random.Random) -> str:
 
 def test_forms_tell_how_an_id_is_built() -> None:
     forms = {
-        "7": "0", "7-1": "0-0", "DFU 7": "dfu-0", "DFU B 7": "dfu-b-0", "Anna": "letters", "A M": "name", "Meier": "name",
+        "7": "0", "7-1": "0-0", "DFU 7": "dfu-0", "DFU B 7": "dfu-b-0", "Anna": "letters", "A M": "name",
+        "Meier": "name",
         "7a": "letters and digits", "a7b8": "letters and digits", "0123456789abcdef": "code of 16",
     }  # fmt: skip
     assert {text: form_of(normalise(text)) for text in forms} == forms
@@ -198,6 +199,7 @@ def test_the_key_is_made_once_and_is_its_owners(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(BuilderError, match="has 5 bytes"):
         given_key(b"short")
     assert given_key(b"phantom").is_public  # nobody's secret
+    assert given_key(b"\n a secret of bytes \n").secret == b"\n a secret of bytes \n"
 
 
 def test_a_key_that_others_can_read_is_made_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ _OTHER_FORMS = {
     "pattern": "other patterns, or ids that are written in other ways",
     "photograph": "other collections of photographs",
 }
+_OTHER_IDS = "ids that are written in other ways (with and without a prefix, or as names)"
 _PACK_ALIKE = "take both from one patient column, written in one way"
 
 

@@ -81,13 +81,15 @@ class PatientKey:
 
 
 def given_key(secret: bytes) -> PatientKey:
-    """The key that a program hands over: a sound secret, or the phantom's.
+    """The key that a program hands over, every byte of it: a sound secret, or the phantom's.
 
     Raises:
         BuilderError: see `sound_secret`.
     """
     key = PatientKey(secret, "given by the program")
-    return key if key.is_public else PatientKey(sound_secret(secret, "the call"), key.origin)
+    if not key.is_public:
+        sound_secret(secret, "the call")
+    return key
 
 
 def sound_secret(secret: bytes, where: str) -> bytes:

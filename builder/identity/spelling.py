@@ -62,11 +62,11 @@ def normalise(text: str) -> str:
 
 
 def form_of(spelling: str) -> str:
-    """How an id is built, without its number: 'dfu-7' is of the form 'dfu-0', '7' of '0'; of ids without digits, a short code is of 'letters', and a
-    longer word or several words are a 'name'.
+    """How an id is built, without its number: 'dfu-7' is of the form 'dfu-0', '7' of '0'.
 
-    Ids of different forms may be one patient written in two ways (`DFU-7` here, `7` there), which no comparison of
-    hashes would find. Letters that a number follows are a prefix and count literally.
+    Of ids without digits a short code is of 'letters', and a longer word or several words are a 'name'. Ids of
+    different forms may be one patient written in two ways (`DFU-7` here, `7` there), which no comparison of hashes
+    would find. Letters that a number follows are a prefix and count literally.
     """
     runs = spelling.split("-")
     letters = [run for run in runs if not run.isdecimal()]
