@@ -570,6 +570,27 @@ def weights(stand_in: nn.Sequential, tmp_path_factory: pytest.TempPathFactory) -
 PANELS = {"I": [textured(1), textured(2, 80), textured(3)], "R": [textured(4, 50)]}
 
 
+def test_lpips_leaves_the_convolutions_of_the_process_deterministic(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread draws images while this one scores: what LPIPS sets, it sets for both."""
+    from builder import arithmetic
+    from builder.quality import lpips
+
+    seen = []
+    conv2d = torch.nn.functional.conv2d
+
+    def watched(*given, **named):
+        seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        return conv2d(*given, **named)
+
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # restored afterwards, whatever is set here
+    arithmetic.settle()
+    monkeypatch.setattr(lpips.F, "conv2d", watched)
+    PanelLPIPS(PANELS, 64, str(weights)).score(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["I"])
+    assert len(seen) >= 10 and set(seen) == {(True, False)}
+
+
 def test_lpips_agrees_with_torchmetrics_pair_by_pair(
     stand_in: nn.Sequential, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,13 +128,13 @@ def changed(spec: JobSpec, **sample: Any) -> JobSpec:
 # -- out of memory ---------------------------------------------------------------------------------------------------
 
 
-def starve(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let the decoder run out of memory above `most` images at once."""
+def starve(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception | None = None) -> None:
+    """Let the decoder run out of memory (or fail with `error`) above `most` images at once."""
     decode = Sampler._decode
 
     def limited(self: Sampler, latents: torch.Tensor) -> torch.Tensor:
         if len(latents) > most:
-            raise torch.OutOfMemoryError(f"no room for {len(latents)} images")
+            raise error or torch.OutOfMemoryError(f"no room for {len(latents)} images")
         return decode(self, latents)
 
     monkeypatch.setattr(Sampler, "_decode", limited)
@@ -154,6 +154,25 @@ class TestOutOfMemory:
         assert [record.args[0] for record in caplog.records] == [3, 2]  # type: ignore[index]
         _, seen = denoised(sampler)
         assert seen == [2] * 4 * 3  # both halves of one image, four steps, three images: nothing is tried in vain
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+            "CUDA error: out of memory",
+        ],
+    )
+    def test_a_library_that_finds_no_memory_is_out_of_memory_too(
+        self, said: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        starve(monkeypatch, 1, RuntimeError(said))
+        assert tiny_sampler().generate(REQUESTS).micro_batch == 1
+
+    def test_another_error_is_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        starve(monkeypatch, 1, RuntimeError("CUDA error: device-side assert triggered"))
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            tiny_sampler().generate(REQUESTS)
 
     def test_where_one_image_does_not_fit_the_remedy_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         starve(monkeypatch, 0)

@@ -67,7 +67,8 @@ class PanelLPIPS:
         alexnet, self.weights_sha256 = load_alexnet(weights)
         self._alexnet = {name: value.to(self.device) for name, value in alexnet.items()}
         self._heads = [head.sqrt()[:, None, None].to(self.device) for head in load_heads()]
-        self._panels = {code: self._panel(images) for code, images in panels.items()}
+        with convolutions(tf32=False):
+            self._panels = {code: self._panel(images) for code, images in panels.items()}
 
     def score(
         self, images: torch.Tensor | Sequence[torch.Tensor], codes: Sequence[str]
@@ -108,8 +109,7 @@ class PanelLPIPS:
             if pooled:
                 hidden = F.max_pool2d(hidden, 3, 2)
             weight, bias = (self._alexnet[f"features.{number}.{kind}"] for kind in ("weight", "bias"))
-            with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-                hidden = F.relu(F.conv2d(hidden, weight, bias, stride, padding))
+            hidden = F.relu(F.conv2d(hidden, weight, bias, stride, padding))
             lengths = (hidden.square().sum(1, keepdim=True) + EPSILON).sqrt()
             places = hidden.shape[2] * hidden.shape[3]
             yield (hidden / lengths * head / places**0.5).flatten(1)

@@ -11,6 +11,12 @@ from builder.errors import BuilderError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
+NO_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDA error: out of memory",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,6 +34,20 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """'float32' and so on, as the manifest records it."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that the device's memory is used up.
+
+    Its own allocator raises OutOfMemoryError. cuBLAS and cuDNN, whose handles and workspaces are not its own, fail with
+    a RuntimeError; cuDNN's says no more than INTERNAL_ERROR (measured on an H200 with 4 MB left, torch 2.11).
+    """
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in said for phrase in NO_MEMORY)
+    )
 
 
 def device_model(device: str) -> str:

@@ -31,7 +31,7 @@ from builder.errors import BuilderError
 from builder.models.families import family_of
 from builder.models.grain import head_of
 from builder.sampling.class_words import require_class_words
-from builder.sampling.device import device_model, dtype_name, resolve_dtype
+from builder.sampling.device import device_model, dtype_name, is_out_of_memory, resolve_dtype
 from builder.sampling.grain import with_grain
 from builder.sampling.guidance import guided_steps
 from builder.sampling.pixels import blank, to_levels
@@ -189,8 +189,10 @@ class Sampler:
                 parts = [self._draw(requests[at : at + size], *dtypes) for at in range(0, len(requests), size)]
                 pixels, bad = (torch.cat(part) for part in zip(*parts, strict=True))
                 return pixels, bad
-        except torch.OutOfMemoryError:
-            pass  # its traceback holds the tensors that took the memory; it is gone once this block is left
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Its traceback holds the tensors that took the memory; it is gone once this block is left.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
