@@ -22,7 +22,7 @@ from builder.shards.foreign import adopt
 from builder.shards.storage import Storage
 from builder.shards.verify import check_dataset
 from tests import doors
-from tests.pictures import GREY, RGB, chunk, encoded, exif, png, read_kinds, refused_kinds, tiff
+from tests.pictures import GREY, OPACITY, RGB, chunk, encoded, exif, png, read_kinds, refused_kinds, tiff
 
 READ, REFUSED = read_kinds(), refused_kinds()
 CODES = {name: f"K{number}" for number, name in enumerate(READ)}
@@ -223,6 +223,14 @@ def test_a_wrong_checksum_counts_where_it_decides_pixels():
     for name in (b"tRNR", b"uRNS"):  # a bit of the name has flipped: what was transparent must not come back
         with pytest.raises(ImageError, match=r"checksum|no reader knows"):
             read_pixels(png(RGB.reshape(len(RGB), -1), 8, 2, hidden.replace(b"tRNS", name)))
+
+
+def test_a_webp_whose_transparency_is_lost_is_damaged():
+    """Its hidden colours must not come back."""
+    picture = encoded(np.dstack([RGB, OPACITY]), "WEBP", quality=80)
+    assert (read_pixels(picture)[8:16, 10:18] == 255).all()
+    with pytest.raises(ImageError, match="transparency is missing"):
+        read_pixels(picture.replace(b"ALPH", b"ALPX"))
 
 
 def test_a_jpeg_of_endless_scans_is_refused():

@@ -18,6 +18,7 @@ from builder.images.source import ByteSource
 
 _PIXELS = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
 _ABOUT_METADATA = 0x20 | 0x08 | 0x04  # flags of VP8X: a profile, EXIF and XMP are there
+_ALPHA = 0x10  # flag of VP8X: there is transparency
 _MAX_EXIF = 1 << 20
 
 Range = tuple[int, int]
@@ -35,6 +36,7 @@ def header(source: ByteSource) -> Header:
     if end > source.size + 1:  # some writers forget to pad the last chunk
         raise cut_short("WebP")
     chunks, orientation, stored, lossy, position = _Chunks(), None, None, False, 12
+    kinds = set()
     while position + 8 <= min(end, source.size):
         head = source.at(position, 8)
         kind, length = head[:4], int.from_bytes(head[4:], "little")
@@ -42,6 +44,7 @@ def header(source: ByteSource) -> Header:
             raise cut_short("WebP")
         content = (position + 8, length)
         if kind in _PIXELS:
+            kinds.add(kind)
             chunks.pixels.append((position, 8 + length + length % 2))
             stored = stored or _size(kind, source.at(content[0], 10))
             lossy |= kind == b"VP8 " or (kind == b"ANMF" and source.at(content[0] + 16, 4) != b"VP8L")
@@ -52,6 +55,8 @@ def header(source: ByteSource) -> Header:
         position += 8 + length + length % 2
     if stored is None:
         raise damaged("WebP", "it doesn't say its size")
+    if {b"VP8X", b"VP8 "} <= kinds and source.at(20, 1)[0] & _ALPHA and b"ALPH" not in kinds:
+        raise damaged("WebP", "its transparency is missing")
     return Header("WebP", stored, orientation or 1, 8, lossy, layout=chunks)
 
 
