@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -59,6 +60,9 @@ def filter_(
     if not judgement.accepted.any():
         click.echo("no image passes: nothing was written", err=True)
         sys.exit(1)
-    filter_dataset(source, criteria, judgement, target, view=view, write_beside=lambda: copy_reference(source, target))
+    beside = functools.partial(copy_reference, source, target)
+    if not filter_dataset(source, criteria, judgement, target, view=view, write_beside=beside):
+        click.echo(f"dataset '{target.name}' is just this already, written by another process; nothing to do")
+        return
     click.echo(f"wrote {'view' if view else 'dataset'} '{target.name}': {judgement.accepted.sum():,} images; "
                f"rejects with reasons in manifests/{target.name}/rejects")  # fmt: skip

@@ -49,7 +49,7 @@ def _check_reference(dataset: Dataset, info: dict[str, Any]) -> Iterator[str]:
     try:
         reference = read_document(path, storage=dataset.storage, remedy=remedy)
     except FileNotFoundError:
-        if recorded is not None:
+        if recorded is not None and info.get("state") == "complete":  # a partial dataset is still being made
             yield f"{path} is missing, though dataset.json says that the images are scored: {remedy}"
         return
     except BuilderError as error:
