@@ -190,11 +190,9 @@ def spoil_place(folder: Path, r: random.Random) -> bool | None:
     """Put a pipe, a socket, a folder, a device or a link in the place of a file or folder."""
     everything = [*files_of(folder), *[path for path in folder.rglob("*") if path.is_dir()]]
     path = r.choice(everything)
-    secret = folder.parent / "outside"
+    secret = next(parent / "outside" for parent in folder.parents if (parent / "outside").is_dir())
     if path.is_dir():
-        target = path.with_name(f"{path.name}-moved")
         path.rename(secret / f"{r.random()}")
-        del target
     else:
         path.unlink()
     how = r.choice(["pipe", "socket", "folder", "link", "link", "device", "loop", "linked folder"])
