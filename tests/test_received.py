@@ -249,6 +249,22 @@ def test_a_received_adapter_does_not_choose_its_base(tmp_path: Path, monkeypatch
         load_pipeline(read_checkpoint(folder))
 
 
+def test_links_and_pipes_in_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models--a--b" / "snapshots" / "1"
+    (folder / "unet").mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blob").touch()
+    (folder / "unet" / "x.safetensors").symlink_to("../../../blob")  # as the hub's cache has it
+    assert read_checkpoint(folder).family == "sdxl"
+    (folder / "unet" / "config.json").symlink_to("/etc/passwd")
+    with pytest.raises(BuilderError, match="leads out of the checkpoint"):
+        read_checkpoint(folder)
+    monkeypatch.setenv("BUILDER_TRUST_ROOTS", "/etc/passwd")
+    assert read_checkpoint(folder).family == "sdxl"
+    os.mkfifo(folder / "unet" / "y.json")
+    with pytest.raises(BuilderError, match="is not a file"):
+        read_checkpoint(folder)
+
+
 def test_a_shard_of_weights_is_a_file_of_the_folder(tmp_path: Path) -> None:
     from builder.models.tensors import require_parts_inside
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +26,14 @@ class BoundedGroup(click.Group):
         super().add_command(cmd, name)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Run; a NUL among the arguments, which no path and no name has, is a mistake of the user's."""
-        for argument in args or ():
-            if "\0" in argument:
-                raise click.UsageError(f"the argument '{printable(argument)}' holds a NUL character")
+        """Run; what no operating system could pass on as an argument or path is a mistake of the user's."""
+        for argument in sys.argv[1:] if args is None else args:
+            try:
+                sound = b"\0" not in os.fsencode(argument)
+            except UnicodeEncodeError:
+                sound = False
+            if not sound:
+                raise click.UsageError(f"the argument '{printable(argument)}' is no text and no path")
         return super().main(args, *rest, **options)
 
 

@@ -24,6 +24,7 @@ from builder.models.history import Entry, History
 from builder.models.integrity import record_files
 from builder.phases import ClassTable
 from builder.shards.lock import held_file
+from builder.trust import is_below, is_trusted
 
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 FOLDER = Path("checkpoints")
@@ -202,7 +203,11 @@ def _listed() -> str:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Describe a diffusers folder; without checkpoint.json its lineage is unknown."""
+    """Describe a diffusers folder; without checkpoint.json its lineage is unknown.
+
+    BuilderError when checkpoint.json is damaged, or something in the folder leads out of it or is no file.
+    """
+    require_plain_files(folder)
     file = folder / DESCRIPTION
     if not file.is_file():
         return Checkpoint(folder, family=_foreign_family(folder))
@@ -224,6 +229,30 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     remedy = "restore it, or remove it: the lineage is then unknown"
     return read_document(folder / DESCRIPTION, CheckpointDocument, remedy=remedy)
+
+
+def require_plain_files(folder: Path) -> None:
+    """Refuse a checkpoint with pipes or devices in it, or with symbolic links that lead out of it.
+
+    A folder of the hub's cache holds links to the files beside it, in the cache's folder of the same model.
+    """
+    real = os.path.realpath(folder)
+    home = os.path.dirname(os.path.dirname(real)) if os.path.basename(os.path.dirname(real)) == "snapshots" else real
+    waiting = [folder]
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if not (is_below(target, home) or is_trusted(target)):
+                    raise BuilderError(
+                        f"{printable(entry.path)} leads out of the checkpoint, to {printable(target)}",
+                        "put a copy in its place; if you made this link yourself, confirm where it leads: "
+                        f"--trust-root {printable(os.path.dirname(target))} (or BUILDER_TRUST_ROOTS)",
+                    )
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+            if not (entry.is_file() or entry.is_dir()):
+                raise BuilderError(f"{printable(entry.path)} is not a file", "copy the checkpoint again")
 
 
 def _foreign_family(folder: Path) -> str:

@@ -47,6 +47,7 @@ from tests.acceptance import hostile
 from tests.conftest import textured, write_real
 
 HANG = 60  # s
+FORBIDDEN = ("/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/full")
 MEMORY = 8 << 30  # bytes of addresses
 SHARES = {"datasets": 0.34, "checkpoints": 0.1, "tars": 0.2, "yaml": 0.16, "arguments": 0.19, "where": 0.01}
 GOALS = ("tracebacks", "hangs", "memory", "exit 0 on damage", "breaches")
@@ -75,7 +76,7 @@ class Watch:
             if isinstance(arguments[2], int) and arguments[2] & os.O_NOFOLLOW and os.path.islink(path):
                 return  # refused by the system
             real = os.path.realpath(path)
-            if real.startswith((self.outside, "/etc/passwd", "/etc/hostname", "/dev/zero", "/dev/full")):
+            if self.outside != "/nowhere" and real.startswith((self.outside, *FORBIDDEN)):
                 self.seen.append(f"opened {real}")
         elif event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn"):
             self.seen.append(f"{event} {arguments[1:2]}")
@@ -252,6 +253,7 @@ class Fuzzer:
                     words.append(parameter.opts[0])
                 else:
                     words += [parameter.opts[-1], value]
+            self.watch.outside = "/nowhere"  # what is opened here, the user named
             self.run("arguments", f"{number}: {' '.join(words)[:200]!r}", command(*words, out=None))
 
     def where(self, number: int) -> None:
