@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from builder.models.checkpoint import Checkpoint
-from builder.phases import ClassTable
-
 if TYPE_CHECKING:
     from builder.config import Config
+    from builder.models.checkpoint import Checkpoint
+    from builder.phases import ClassTable
     from builder.shards.dataset import Dataset
 
 MOST_WORDS = 12
