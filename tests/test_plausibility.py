@@ -462,6 +462,21 @@ def test_identical_rows_are_taken_once(tmp_path):
     assert any("I/I0.png, P/P1.png" in detail for detail in plan.details)
 
 
+def test_a_box_as_large_as_the_photograph_is_counted(tmp_path):
+    clinic(tmp_path)
+    plan = make_plan(request(tmp_path, boxes=table(tmp_path, (0, 1, 320, 240))), progress=False)
+    assert plan.skipped["boxes that cover their whole photograph, taken"] == 9
+
+
+def test_a_torn_table_is_said_once(tmp_path):
+    clinic(tmp_path)
+    path = table(tmp_path)
+    path.write_text(path.read_text().replace("I1.png", '"I1.png'))
+    with pytest.raises(BuilderError, match="line 3: ") as error:
+        make_plan(request(tmp_path, boxes=path), progress=False)
+    assert "has no box" not in str(error.value)
+
+
 def test_one_box_with_two_labels_is_refused(tmp_path):
     clinic(tmp_path)
     rows = ["I0.png,96,72,192,168,I,1", "I0.png,96,72,192,168,P,1", "R0.png,96,72,192,168,R,1"]

@@ -52,7 +52,8 @@ class BoxSource:
     a photograph without a box means anything. unclear: roles whose column could not be told.
     missing: references to photographs that aren't there. left_out: what was left out, and how often. header: the
     names of its columns or keys. empty: photographs whose mask says no wound. faulty: photographs with a box or mask
-    that is a mistake, and was noted. passed_over: what else lies in a folder of masks.
+    that is a mistake, and was noted. torn: rows could not be read, so that a missing box means nothing. passed_over:
+    what else lies in a folder of masks.
     """
 
     boxes: list[Box] = field(default_factory=list)
@@ -69,6 +70,7 @@ class BoxSource:
     header: list[str] = field(default_factory=list)
     empty: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
+    torn: bool = False
     passed_over: Listing | None = None
 
 
@@ -150,7 +152,9 @@ def read_box_csv(
         source.usable = False
         return source
     source.layout = layout[0]
+    before = len(problems)
     rows = list(table.rows(places.found, problems))
+    source.torn = len(problems) > before
     written = [[cells[role] for role in layout[1]] for _, cells in rows]
     source.percent_signs = any(cell.endswith("%") for cells in written for cell in cells)
     values = [[numbers.clean(cell) for cell in cells] for cells in written]

@@ -17,7 +17,7 @@ from builder.crops.cut import BadPhotographError, Edges, clip, photograph_size
 from builder.crops.duplicates import drop_repeated_boxes, identical_files, join_copies
 from builder.crops.labels import Codes, LabelFile, read_labels
 from builder.crops.photographs import Photographs, heif_remedy, is_folder
-from builder.crops.plausibility import fault_of
+from builder.crops.plausibility import covers_all, fault_of
 from builder.crops.problems import Problems
 from builder.crops.units import Unit, boxes_in_pixels
 from builder.errors import BuilderError
@@ -277,7 +277,7 @@ def _choose(
     problems: Problems,
 ) -> list[Box | None]:
     """The boxes of a photograph that can be cut; [None] stands for its middle."""
-    if not boxes and name in source.faulty:
+    if not boxes and (source.torn or name in source.faulty):
         return []
     if not boxes:
         if request.without_box is None:
@@ -296,6 +296,7 @@ def _choose(
     for box in boxes:
         fault = fault_of(box, size, in_pixels=request.box_units in (None, "pixel"))
         if fault is None:
+            plan.skipped["boxes that cover their whole photograph, taken"] += covers_all(box, size)
             chosen.append(box)
         elif request.skip_bad:
             plan.skipped["unusable boxes, left out"] += 1

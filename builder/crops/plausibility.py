@@ -32,6 +32,12 @@ def fault_of(box: Box, size: tuple[int, int], *, in_pixels: bool = True) -> str 
     return None
 
 
+def covers_all(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a box (px) is as large as its photograph, up to ASPECT of each side."""
+    xmin, ymin, xmax, ymax = clip(box.edges, *size)
+    return xmax - xmin >= size[0] * (1 - ASPECT) and ymax - ymin >= size[1] * (1 - ASPECT)
+
+
 def _same_picture(drawn_on: tuple[int, int], size: tuple[int, int], in_pixels: bool) -> bool:
     if in_pixels:
         return drawn_on == size
