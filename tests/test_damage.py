@@ -233,6 +233,14 @@ def test_a_flipped_weight_is_refused_when_it_is_loaded(builder, tiny_checkpoint:
     assert not (tmp_path / "on").exists()
 
 
+@pytest.mark.parametrize("target", ["on", "on.safetensors"])
+def test_a_checkpoint_is_exported_to_a_plain_name(builder, tiny_checkpoint: Path, tmp_path: Path, target: str) -> None:
+    """Beside the working directory's other files: its lock has no folder in its path either."""
+    result = builder("checkpoint", "export", tiny_checkpoint, "--to", target)
+    assert result.code == 0, result.output
+    assert [path.name for path in tmp_path.iterdir()] == [target]
+
+
 def test_a_record_cannot_name_files_elsewhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
     from builder.models.integrity import damaged_files
 

@@ -77,7 +77,7 @@ def _locked(dataset: Dataset, kind: int) -> Iterator[None]:
 @contextmanager
 def _flocked(path: str, kind: int, busy: LockedError) -> Iterator[None]:
     while True:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         try:
             file = os.fdopen(_opened(path), "a", encoding="ascii")
         except FileNotFoundError:  # its folder was removed in between
