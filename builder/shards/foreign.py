@@ -47,8 +47,9 @@ def is_foreign(reference: str, out: str = ".") -> bool:
         return True
     if not path.is_dir() or (path / "dataset.json").exists():
         return False
-    if NAME.fullmatch(reference) and Dataset(reference, Storage(out)).exists():
-        return False
+    if NAME.fullmatch(reference) and (dataset := Dataset(reference, Storage(out))).exists():
+        # A killed run that adopted this very folder under its own name left it partial: it is adopted anew.
+        return dataset.info["state"] != "complete" and dataset.info.get("adopted_from") == reference
     if path.parent.name == "shards" and (path.parent.parent / "manifests" / path.name / "dataset.json").exists():
         return False
     return any(path.glob("*.tar")) or any(_is_image(file) for file in path.glob("*/*"))
