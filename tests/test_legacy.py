@@ -150,6 +150,7 @@ def test_what_is_recorded(base, tuned, tmp_path: Path) -> None:
     assert data["original_sizes"] == {code: [16] for code in PROMPTS}
     assert data["config"]["sample"] == {"size": 16, "guidance": 4.0, "steps": 50, "negative_prompt": "blurry, text"}
     assert data["config"]["imported"]["config"] == CONFIG
+    assert data["base"].pop("voucher")  # that the user named it
     assert data["base"] == {"reference": str(base.path), "sha256": base.sha256}
     assert data["epoch"] == 30
     assert made.classes == HEALING_PHASES

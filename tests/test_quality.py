@@ -289,6 +289,8 @@ def test_reference_survives_json_and_names_what_it_stands_on(real: Dataset) -> N
     held_out = 3 * 4  # of 12 crops a phase, the validation and the test patient have 4
     assert [table.num_rows for table in tables.values()] == [held_out, 2 * held_out, *[held_out] * 3]
     assert all(np.isfinite(table["ssim"].to_pylist()).all() for table in tables.values())
+    long = dataclasses.replace(reference, yardstick={"I": {"flat": [{"ssim": 10**30, "more": "words"}]}})
+    assert yardstick_table(long)["flat images (mean colour)"]["ssim"].to_pylist() == [pytest.approx(1e30)]
     gates = Criteria(tuple(gate_ranges(reference.gates)))
     kept = {kind: [not reasons for reasons in judge(table, gates)] for kind, table in tables.items()}
     assert any(kept["real crops, held-out"])

@@ -136,7 +136,7 @@ def test_a_younger_key_at_its_default_is_no_change() -> None:
     changed = dataclasses.replace(
         config, train=dataclasses.replace(config.train, vae=dataclasses.replace(config.train.vae, views=True))
     )
-    assert changed_keys(recorded, vae_identity(changed, DATA)) == ["train.vae.views: null there, true now"]
+    assert changed_keys(recorded, vae_identity(changed, DATA)) == ["train.vae.views: false there, true now"]
 
 
 def test_a_changed_key_is_refused_before_a_phantom_is_rendered(builder, tmp_path: Path) -> None:

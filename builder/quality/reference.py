@@ -153,10 +153,19 @@ def yardstick_table(reference: Reference) -> dict[str, pa.Table]:
     """The yardsticks as tables that a filter can judge: kind in words -> columns `phase` and the numeric scores."""
     tables = {}
     for kind, words in KINDS.items():
-        rows = [{"phase": code, **row} for code, kinds in reference.yardstick.items() for row in kinds.get(kind, [])]
+        rows = [
+            {"phase": code, **{name: _as_float(row.get(name)) for name in NUMERIC_SCORES}}
+            for code, kinds in reference.yardstick.items()
+            for row in kinds.get(kind, [])
+        ]
         fields = [pa.field("phase", pa.string()), *(pa.field(name, pa.float32()) for name in NUMERIC_SCORES)]
         tables[words] = pa.Table.from_pylist(rows, schema=pa.schema(fields))
     return tables
+
+
+def _as_float(value: float | None) -> float | None:
+    """JSON's whole numbers may be longer than Arrow reads."""
+    return None if value is None else float(value)
 
 
 def _scored(dataset: Dataset) -> Dataset:

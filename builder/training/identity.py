@@ -168,9 +168,17 @@ def changed_keys(recorded: Mapping[str, Any], now: Identity) -> list[str]:
         elif key == "method" and isinstance(there, list) and isinstance(here, list):
             method = [dict(zip(("method", "lora"), each, strict=False)) for each in (there, here)]
             found += _differences("model", *method)
+        elif key == "vae" and isinstance(there, dict) and isinstance(here, dict):
+            found += _differences(name, _with_defaults(there), _with_defaults(here))
         else:
             found += _differences(name, there, here)
     return found
+
+
+def _with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the autoencoder with the younger keys that `_vae_settings` left out."""
+    defaults = vars(VaeTrainConfig())
+    return {**{key: defaults[key] for key in sorted(YOUNGER_KEYS)}, **settings}
 
 
 def _differences(name: str, there: Any, here: Any) -> list[str]:
