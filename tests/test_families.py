@@ -25,6 +25,7 @@ from builder.models.source import base_of, locate, weights_sha256
 from builder.sampling.prompts import encode_prompts
 from builder.sampling.sampler import Request, Sampler
 from builder.sampling.schedulers import make_scheduler
+from builder.trust import is_vouched
 from tests.reduced import WIDTHS, narrow
 from tests.test_sampling import ARCHITECTURE as SDXL_TINY
 from tests.test_sampling import PROMPTS, REQUESTS, SIZE, stirred
@@ -352,7 +353,9 @@ class TestSource:
     def test_hash_of_a_file_is_of_its_bytes(self, files):
         assert weights_sha256(locate(files["sdxl"])) != weights_sha256(locate(files["sd15"]))
         checkpoint = locate("demo")
-        assert base_of(checkpoint, "demo") == {"reference": "demo", "sha256": checkpoint.sha256}
+        named = base_of(checkpoint, "demo")
+        assert is_vouched("demo", named.pop("voucher"))
+        assert named == {"reference": "demo", "sha256": checkpoint.sha256}
 
     @pytest.mark.parametrize("suffix", ["ckpt", "pt", "bin"])
     def test_pickles_are_refused_unopened(self, tmp_path, suffix):

@@ -80,7 +80,14 @@ def _from_hub(name: str, revision: str | None, download: bool, missing: BuilderE
 
 def _patterns() -> list[str]:
     parts = {part: stem for family in FAMILIES.values() for part, (_, stem) in family.weights.items()}
-    files = ["model_index.json", "scheduler/*.json", "tokenizer*/*.json", "tokenizer*/*.txt", "vae/grain.*"]
+    files = [
+        "model_index.json",
+        "scheduler/*.json",
+        "tokenizer*/*.json",
+        "tokenizer*/*.txt",
+        "vae/grain.json",
+        "vae/grain.safetensors",
+    ]
     for part, stem in parts.items():
         files += [f"{part}/config.json", f"{part}/{stem}.safetensors"]
         files += [f"{part}/{stem}.safetensors.index.json", f"{part}/{stem}-*-of-*.safetensors"]
