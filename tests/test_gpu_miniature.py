@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from builder.models.checkpoint import read_checkpoint
 from tests.acceptance.gpu import __main__ as gpu
 from tests.acceptance.gpu import child
 from tests.acceptance.gpu.child import Record
@@ -91,7 +93,18 @@ def test_the_report_has_card_date_and_rows_and_the_folder_is_small(out: Path) ->
         assert row in text
     assert "FAILED" not in text
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert len(files) <= 6 and sum(path.stat().st_size for path in files) < 1e6
+    assert len(files) <= 7 and all(path.stat().st_size <= 15e6 for path in files)
+    assert sum(path.stat().st_size for path in files if not path.name.startswith("base.tar.")) < 1e6
+
+
+def test_the_base_is_trained_and_its_checkpoint_comes_back(out: Path, tmp_path: Path) -> None:
+    (row,) = steps(out, "d")["base"]["rows"]
+    assert row["checkpoint"] == "step-000002" and row["crops"] > 20
+    packed = tmp_path / "base.tar"
+    packed.write_bytes(b"".join(path.read_bytes() for path in sorted(out.glob("base.tar.*"))))
+    with tarfile.open(packed) as tar:
+        tar.extractall(tmp_path, filter="data")
+    assert read_checkpoint(tmp_path / "base/checkpoint").config["name"] == "base"
 
 
 def fine() -> dict[str, Any]:

@@ -60,6 +60,13 @@ def copied(saved: Checkpoint, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved.path, tmp_path / "copy"))
 
 
+@pytest.fixture
+def unrecorded(copied: Path) -> Path:
+    """As from elsewhere: without the record of its files, which would speak first of one that was changed."""
+    (copied / "checkpoint.json").unlink()
+    return copied
+
+
 def test_same_seed_same_weights() -> None:
     def weights(seed: int) -> torch.Tensor:
         pipeline = build(ARCHITECTURE, 16, seed)
@@ -179,8 +186,8 @@ def _edit(folder: Path, change) -> None:
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2"])
 @pytest.mark.parametrize("wrong", ["missing", "left over", "of another shape"])
-def test_wrong_weights_are_named(copied: Path, part: str, wrong: str) -> None:
-    key = sorted(load_file(next((copied / part).glob("*.safetensors"))))[0]
+def test_wrong_weights_are_named(unrecorded: Path, part: str, wrong: str) -> None:
+    key = sorted(load_file(next((unrecorded / part).glob("*.safetensors"))))[0]
 
     def change(weights: dict[str, torch.Tensor]) -> None:
         if wrong == "missing":
@@ -190,10 +197,10 @@ def test_wrong_weights_are_named(copied: Path, part: str, wrong: str) -> None:
         else:
             weights[key] = torch.zeros(*weights[key].shape, 2)
 
-    _edit(copied / part, change)
+    _edit(unrecorded / part, change)
     named = "stray" if wrong == "left over" else key.removeprefix("text_model.")
     with pytest.raises(BuilderError) as caught:
-        load_pipeline(copied)
+        load_pipeline(unrecorded)
     assert wrong in caught.value.what
     assert named in caught.value.what
     assert part in caught.value.what
@@ -230,18 +237,18 @@ def test_pickled_weights_are_not_read(copied: Path) -> None:
 @pytest.mark.parametrize(
     "name, said", [("FluxPipeline", "no known family"), ("StableDiffusionPipeline", "conditioned on text_time")]
 )
-def test_pipelines_of_no_known_or_another_family_are_refused(copied: Path, name: str, said: str) -> None:
-    index = json.loads((copied / "model_index.json").read_text())
-    (copied / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
+def test_pipelines_of_no_known_or_another_family_are_refused(unrecorded: Path, name: str, said: str) -> None:
+    index = json.loads((unrecorded / "model_index.json").read_text())
+    (unrecorded / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
     with pytest.raises(BuilderError, match=said):
-        load_pipeline(copied)
+        load_pipeline(unrecorded)
 
 
-def test_parts_of_several_models_are_refused(copied: Path, tmp_path: Path) -> None:
+def test_parts_of_several_models_are_refused(unrecorded: Path, tmp_path: Path) -> None:
     wider = {**ARCHITECTURE, "text_encoder": {**ARCHITECTURE["text_encoder"], "hidden_size": 32}}
-    build(wider, 16, seed=0).text_encoder.save_pretrained(copied / "text_encoder")
+    build(wider, 16, seed=0).text_encoder.save_pretrained(unrecorded / "text_encoder")
     with pytest.raises(BuilderError, match="width 32, not 48"):
-        load_pipeline(copied)
+        load_pipeline(unrecorded)
 
 
 def test_loading_and_saving_say_nothing(saved: Checkpoint, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_what_a_store_refuses_is_one_message_and_exit_2(s3: Flaky, builder, monk
     few = {**stores.S3_OPTIONS, "config_kwargs": {"retries": {"mode": "standard", "max_attempts": 2}}}
     monkeypatch.setitem(stores.OPTIONS, "s3", few)
     refused(f"{ROOT}/x", "check the address and the network")
-    refused("nonsense://x", "cannot open 'nonsense://x'")
+    refused("nonsense://x", "nonsense:// is not supported", "s3:// or gs://")
     assert not builder("list", "--out", "memory://nothing").code
 
 
