@@ -267,10 +267,10 @@ def test_a_run_killed_after_any_number_of_units_makes_the_same_shards(tmp_path: 
 def test_a_death_between_the_units_changes_nothing(
     tmp_path: Path, engine: MadeUp, monkeypatch: pytest.MonkeyPatch, where: str, criteria: Criteria
 ) -> None:
-    """Before the duplicates of each round are marked, and after the first shard of the accepted dataset."""
+    """Before the duplicates of each round are marked, and when all shards of the accepted dataset are there."""
     accept(spec_of(tmp_path / "whole"), 40, criteria)
     spec = spec_of(tmp_path / "killed")
-    module, name = {"duplicates": (run_module, "mark_duplicates"), "accepted": (until_accepted, "save_reference")}[
+    module, name = {"duplicates": (run_module, "mark_duplicates"), "accepted": (until_accepted, "copy_reference")}[
         where
     ]
     whole, real, deaths = tars(tmp_path / "whole"), getattr(module, name), []

@@ -341,7 +341,7 @@ class TestFindings:
         shutil.copytree(tiny_checkpoint, broken)
         next((broken / "unet").glob("*.safetensors")).unlink()
         lacking = findings.loads(read_checkpoint(broken))
-        assert not lacking.fine and "no diffusion_pytorch_model.safetensors" in lacking.what
+        assert not lacking.fine and "diffusion_pytorch_model.safetensors is missing" in lacking.what
 
 
 # -- doctor: the old guide's criteria --------------------------------------------------------------------------------

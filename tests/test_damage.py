@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from builder.config import fingerprint
 from builder.errors import BuilderError
 from builder.identity.key import new_secret, sound_secret
 from builder.models.load import load_pipeline
@@ -282,9 +283,10 @@ def test_a_damaged_state_is_told_by_its_name_and_the_one_before_is_taken(tmp_pat
 
 
 def test_a_state_of_an_older_version_is_read(tmp_path: Path) -> None:
-    torch.save({"fingerprint": "me", "step": 7}, tmp_path / "unet-00000007.pt")
+    identity = {"seed": 7}
+    torch.save({"fingerprint": fingerprint(identity), "step": 7}, tmp_path / "unet-00000007.pt")
     stage = Counting()
-    assert States(tmp_path, "me").restore(stage, torch.device("cpu"))
+    assert States(tmp_path, identity).restore(stage, torch.device("cpu"))
     assert stage.step == 7
 
 
