@@ -132,7 +132,9 @@ def test_a_config_from_scratch_trains_and_draws_in_small(name: str, builder, tmp
     parts = {**ARCHITECTURE, "scheduler": config.model.architecture["scheduler"]}
     small = [*SMALL, *(f"model.architecture.{part}={json.dumps(value)}" for part, value in parts.items())]
     small += ["train.size=16", "sample.size=16", f"checkpoint=checkpoints/{name}"]  # the name 'demo' is the shipped one
-    small += ["train.vae.steps=2", "train.vae.guided_steps=1", "train.vae.batch_size=4"]
+    small += ["train.vae.steps=2", "train.vae.guided_steps=1", "train.vae.batch_size=4", "train.threads=1"]
+    if config.train.vae.adversarial_steps:
+        small += ["train.vae.adversarial_steps=2", "train.vae.adversarial_batch_size=4"]
     small += ["train.cached_views=2"] if config.train.augment else []
     info = through(builder, config, small, real.name)
     assert f"checkpoints/{name}/step-" in info["checkpoint"]
