@@ -24,8 +24,9 @@ from builder.shards.storage import Storage
 from builder.shards.writer import Sample, encode_png, image_row, write_shard
 from tests.lineages import ALIKE
 
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="builder-state-")  # the user's own is not touched
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+if os.environ.get("BUILDER_TEST_STATE") is None:  # processes that a test starts, and that import this, share its state
+    os.environ["XDG_STATE_HOME"] = os.environ["BUILDER_TEST_STATE"] = tempfile.mkdtemp(prefix="builder-state-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)  # the user's own is not touched
 
 settings.register_profile("untimed", deadline=None)  # a busy machine takes its time
 settings.load_profile("untimed")

@@ -370,7 +370,7 @@ def test_code_is_refused_and_not_executed(base, tuned, tmp_path: Path, kind: Any
 
 @pytest.mark.parametrize(
     ("value", "named"),
-    [(Path("x"), "pathlib"), (np.random.default_rng(0), "numpy"), (np.array, "numpy"), (print, "print")],
+    [(Path("x"), "pathlib"), (np.random.default_rng(0), "numpy"), (np.array, "numpy"), (len, "len")],
 )
 def test_other_names_are_refused_by_name(tmp_path: Path, value: Any, named: str) -> None:
     file = tmp_path / "old.pt"
